@@ -1,0 +1,22 @@
+# Each target first asks tools/make_env.py for an interpreter with what it needs: the current python3 if that is
+# complete, else .venv, made on the first call.
+PYTHON ?= python3
+ENV = $(PYTHON) tools/make_env.py
+
+.PHONY: demo test lint env clean
+
+demo:
+	python=$$($(ENV)) && "$$python" single_shot_inference.py
+
+test:
+	python=$$($(ENV) pytest transformers) && "$$python" -m pytest
+
+lint:
+	python=$$($(ENV) ruff) && "$$python" -m ruff check .
+
+env:
+	$(ENV) pytest transformers ruff
+
+clean:
+	rm -rf .venv .build build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

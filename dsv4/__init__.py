@@ -1,0 +1,6 @@
+"""DeepSeek-V4 on one GPU, from NVFP4 safetensors."""
+
+from dsv4.engine import Engine, Generation, load
+from dsv4.sampling import Sampling
+
+__all__ = ["Engine", "Generation", "Sampling", "load"]

@@ -1,0 +1,84 @@
+"""The transformer: embedding, blocks, head. The main path; no kernels and no loading in here."""
+
+import torch
+from torch import Tensor
+
+from dsv4.cache import SequenceCache
+from dsv4.config import ModelConfig
+from dsv4.layers.block import Block
+from dsv4.layers.mhc import HyperHead
+from dsv4.layers.mtp import MtpBlock
+from dsv4.layers.weights import Weights
+from dsv4.numerics import Numerics
+from dsv4.ops.embed import embed_streams
+from dsv4.ops.gemm import linear
+from dsv4.ops.norm import rms_norm
+
+
+class Transformer:
+    """DeepSeek-V4's trunk and, if given, its MTP block. Docs: docs/model.md section 2."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        numerics: Numerics,
+        trunk: Weights,
+        blocks: list[Block],
+        mtp: MtpBlock | None = None,
+    ) -> None:
+        self.config = config
+        self.dtype = numerics.torch_dtype
+        self.activations = numerics.activations
+        self.embed = trunk.tensor("embed")
+        self.norm = trunk.tensor("norm")
+        self.head = trunk.matrix("head")
+        self.hc_head = HyperHead(config, trunk)
+        self.blocks = blocks
+        self.mtp = mtp
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    def new_cache(self, max_context: int) -> SequenceCache:
+        """Buffers for one sequence of at most ``max_context`` tokens."""
+        return SequenceCache(
+            self.config,
+            self.config.compress_ratios,
+            max_context=max_context,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def new_draft_cache(self, max_context: int) -> SequenceCache:
+        """The MTP block's own buffers for one sequence."""
+        return SequenceCache(self.config, (0,), max_context=max_context, dtype=self.dtype, device=self.device)
+
+    def forward(self, token_ids: Tensor, cache: SequenceCache) -> Tensor:
+        """The streams [T, M, D] after the last block for token_ids [T], which continue ``cache``."""
+        start, tokens = cache.position, token_ids.shape[0]
+        positions = torch.arange(start, start + tokens, device=token_ids.device)
+        x = embed_streams(token_ids, self.embed, num_streams=self.config.num_streams, dtype=self.dtype)
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+            x = block.forward(x, token_ids, positions, layer_cache, start)
+        cache.position = start + tokens
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Streams x [T, M, D] -> logits [T, V] f32."""
+        z = rms_norm(self.hc_head.forward(x), self.norm, eps=self.config.norm_eps)
+        return linear(z, self.head, activations=self.activations, out_dtype=torch.float32)
+
+    def draft(self, x: Tensor, next_ids: Tensor, cache: SequenceCache) -> tuple[Tensor, Tensor]:
+        """The MTP block on the trunk's streams x [T, M, D] and the tokens after them, next_ids [T].
+
+        Returns its streams [T, M, D], which feed the next draft of a chain, and logits [T, V] f32 of the
+        tokens after ``next_ids``. ``cache`` is the block's own (``new_draft_cache``).
+        """
+        assert self.mtp is not None, "loaded without the MTP block"
+        start, tokens = cache.position, next_ids.shape[0]
+        positions = torch.arange(start, start + tokens, device=next_ids.device)
+        embedding = self.embed[next_ids].to(self.dtype)
+        x, z = self.mtp.forward(x, embedding, next_ids, positions, cache.layers[0], start)
+        cache.position = start + tokens
+        return x, linear(z, self.head, activations=self.activations, out_dtype=torch.float32)

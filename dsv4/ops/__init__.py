@@ -1,0 +1,1 @@
+"""The rooms: one folder per family of operations, each with a public door and a reference."""

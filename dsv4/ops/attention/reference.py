@@ -1,0 +1,74 @@
+"""Attention over window and compressed entries with a sink, in plain torch, fp32 scores and sums."""
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 24
+
+
+def attend(
+    q: Tensor,
+    window_kv: Tensor,
+    sink: Tensor,
+    *,
+    window: int,
+    compressed: Tensor | None = None,
+    visible: Tensor | None = None,
+    selected: Tensor | None = None,
+) -> Tensor:
+    tokens, heads, width = q.shape
+    before = window_kv.shape[0] - tokens  # window rows older than the first query
+    entries = 0
+    if compressed is not None:
+        entries = compressed.shape[0] if selected is None else selected.shape[1] * (1 + width // heads)
+    rows = max(1, BLOCK_ELEMENTS // max(heads * (window + entries), 1))
+    outputs = []
+    for first in range(0, tokens, rows):
+        last = min(first + rows, tokens)
+        oldest = max(0, before + first - window + 1)
+        keys = window_kv[oldest : before + last]
+        age = torch.arange(first, last, device=q.device)[:, None] + before - oldest
+        age = age - torch.arange(keys.shape[0], device=q.device)  # query position - key position
+        sources = [(_scores(q[first:last], keys), (age >= 0) & (age < window), keys)]
+        if compressed is not None and compressed.shape[0]:
+            part = slice(first, last)
+            sources.append(
+                _compressed_source(
+                    q[part],
+                    compressed,
+                    None if visible is None else visible[part],
+                    None if selected is None else selected[part],
+                )
+            )
+        outputs.append(_softmax_sum(sources, sink, q.dtype))
+    return torch.cat(outputs)
+
+
+def _compressed_source(
+    q: Tensor, compressed: Tensor, visible: Tensor | None, selected: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [t, H, n], mask [t, n] and keys of the compressed entries; the mask is true where attended."""
+    if selected is None:
+        assert visible is not None
+        mask = torch.arange(compressed.shape[0], device=q.device) < visible[:, None]
+        return _scores(q, compressed), mask, compressed
+    keys = compressed[selected.clamp_min(0)]  # [t, I, Dh]
+    return _scores(q, keys), selected >= 0, keys
+
+
+def _scores(q: Tensor, keys: Tensor) -> Tensor:
+    return (q.float() @ keys.float().mT) * q.shape[-1] ** -0.5
+
+
+def _softmax_sum(sources: list[tuple[Tensor, Tensor, Tensor]], sink: Tensor, dtype: torch.dtype) -> Tensor:
+    """One softmax over all sources and the sink, which adds to the denominator only: [t, H, Dh]."""
+    masked = [scores.masked_fill(~mask[:, None], -torch.inf) for scores, mask, _ in sources]
+    peak = torch.cat([scores.amax(dim=-1, keepdim=True) for scores in masked], dim=-1).amax(-1, keepdim=True)
+    peak = torch.maximum(peak, sink[:, None])  # [t, H, 1]; guards exp(sink - peak) as well
+    total = torch.exp(sink[:, None] - peak)
+    out: Tensor | float = 0.0
+    for scores, (_, _, keys) in zip(masked, sources, strict=True):
+        p = torch.exp(scores - peak)
+        total = total + p.sum(dim=-1, keepdim=True)
+        out = out + p.to(dtype).float() @ keys.float()
+    return (out / total).to(dtype)

@@ -1,0 +1,42 @@
+"""Pooling windows of tokens into compressed entries in plain torch, fp32 throughout."""
+
+import torch
+from torch import Tensor
+
+
+def pool_windows(
+    kv: Tensor, gate: Tensor, ape: Tensor, tail_kv: Tensor, tail_gate: Tensor, *, start: int, overlap: bool
+) -> Tensor:
+    ratio, width = ape.shape
+    positions = torch.arange(start, start + kv.shape[0], device=kv.device)
+    gate = gate + ape[positions % ratio]  # the bias goes to the gate only
+    pending = start % ratio
+    current = ratio if overlap else 0  # first tail row of the unfinished window
+    kv = torch.cat((tail_kv[current : current + pending], kv))
+    gate = torch.cat((tail_gate[current : current + pending], gate))
+    windows = kv.shape[0] // ratio
+    full = windows * ratio
+    kv_windows = kv[:full].view(windows, ratio, width)
+    gate_windows = gate[:full].view(windows, ratio, width)
+    if overlap and windows:
+        entries = _pool_overlapping(kv_windows, gate_windows, tail_kv[:ratio], tail_gate[:ratio])
+        tail_kv[:ratio] = kv_windows[-1].detach()
+        tail_gate[:ratio] = gate_windows[-1].detach()
+    elif overlap:
+        entries = kv.new_empty((0, width // 2))
+    else:
+        entries = (gate_windows.softmax(dim=1) * kv_windows).sum(dim=1)
+    left = kv.shape[0] - full
+    tail_kv[current : current + left] = kv[full:].detach()
+    tail_gate[current : current + left] = gate[full:].detach()
+    return entries
+
+
+def _pool_overlapping(kv: Tensor, gate: Tensor, last_kv: Tensor, last_gate: Tensor) -> Tensor:
+    """CSA: the previous window's series Ca (first half of the channels) and this window's Cb."""
+    half = kv.shape[-1] // 2
+    before_kv = torch.cat((last_kv[None], kv[:-1]))[..., :half]
+    before_gate = torch.cat((last_gate[None], gate[:-1]))[..., :half]
+    slots_kv = torch.cat((before_kv, kv[..., half:]), dim=1)  # [windows, 2 ratio, half]
+    slots_gate = torch.cat((before_gate, gate[..., half:]), dim=1)
+    return (slots_gate.softmax(dim=1) * slots_kv).sum(dim=1)

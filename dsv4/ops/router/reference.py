@@ -1,0 +1,26 @@
+"""Choosing experts in plain torch, fp32 throughout."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def topk_gate(logits: Tensor, bias: Tensor, *, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(logits)
+    # A stable sort breaks ties by the lowest index, which torch.topk does not promise.
+    experts = (scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return _weights(scores, experts, scale), experts
+
+
+def hash_gate(logits: Tensor, token_ids: Tensor, tid2eid: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    experts = tid2eid[token_ids]
+    return _weights(_scores(logits), experts, scale), experts
+
+
+def _scores(logits: Tensor) -> Tensor:
+    return F.softplus(logits.float()).sqrt()
+
+
+def _weights(scores: Tensor, experts: Tensor, scale: float) -> Tensor:
+    chosen = scores.gather(-1, experts)
+    return chosen / chosen.sum(dim=-1, keepdim=True) * scale

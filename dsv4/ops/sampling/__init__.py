@@ -1,0 +1,52 @@
+"""The door of the sampling room: the next token from the logits of one position.
+
+Responsible for random numbers, filters and the draw. Not responsible for checking the user's
+settings (``dsv4.sampling``) or for what the model computes.
+"""
+
+from torch import Tensor
+
+from dsv4.ops.dispatch import op
+from dsv4.ops.sampling import reference
+
+
+@op(reference.uniform)
+def uniform(seed: int, position: int) -> float:
+    """The random number of one position of one generation, a multiple of 2^-24 in [0, 1).
+
+    Philox4x32-10 with the 64-bit ``seed`` as key and ``position`` as 128-bit counter (low words
+    first in both); the upper 24 bits of the first word of output. Nothing is carried from one
+    position to the next, so any position can be drawn again alone.
+    """
+
+
+@op(reference.sample_token)
+def sample_token(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    position: int,
+) -> Tensor:
+    """The id chosen from ``logits`` [V] f32, as a 0-dimensional i64 tensor on the same device.
+
+    ``temperature`` 0: the largest logit, the lowest id among equals. Otherwise tokens are ranked by
+    descending logit, equal ones by ascending id, and weighted exp((logit - largest) / temperature);
+    the temperature is first brought into the range of normal fp32 numbers, and tokens of weight 0
+    are never chosen. The filters act in this order, each on the probabilities that the one before
+    left, renormalised:
+
+    * ``top_k`` > 0 keeps the first k (0: off);
+    * ``top_p`` < 1 keeps the shortest prefix whose cumulative probability reaches p (1: off);
+    * ``min_p`` > 0 keeps probabilities >= min_p times the largest (0: off).
+
+    The choice is the first token whose cumulative probability exceeds ``uniform(seed, position)``;
+    if rounding leaves none, the last one kept. All numbers are fp32; every sum, also that of a
+    renormalisation, runs in rank order with one rounding a step.
+
+    The settings' ranges are those of ``dsv4.sampling.Sampling``. A largest logit that is not finite
+    (a NaN or +inf anywhere, or nothing but -inf) is an internal error: ``AssertionError``.
+    """

@@ -1,0 +1,152 @@
+"""The memory plan: how many bytes each part of the model takes, and where, before anything is read."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from dsv4.cache import SequenceCache
+from dsv4.config import ModelConfig
+from dsv4.device import free_bytes
+from dsv4.loading.checkpoint import Checkpoint
+from dsv4.loading.mapping import all_slots
+from dsv4.loading.requantize import is_requantized
+from dsv4.numerics import Numerics
+from dsv4.ops.dispatch import REGISTRY
+
+GB = 1e9
+CACHE_DEQUANTISED_MB = 256
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One component in one format: ``place`` is "cpu" or "cuda", ``nbytes`` what it takes there."""
+
+    component: str
+    format: str
+    place: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a load would allocate, and the memory there is for it."""
+
+    rows: tuple[PlanRow, ...]
+    max_context: int
+    fixed_bytes: int
+    bytes_per_token: float
+    free: int
+    skipped: tuple[int, int]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(row.nbytes for row in self.rows if row.component not in ("KV cache", "dequantised matrices"))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.free
+
+    def require_fit(self) -> None:
+        """Raise ``ValueError`` if the memory is not there."""
+        if not self.fits:
+            raise ValueError(
+                f"memory: expected {self.total_bytes / GB:.1f} GB free on {self.rows[0].place} for weights, "
+                f"cache and {self.max_context} tokens of context, found {self.free / GB:.1f} GB"
+            )
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    numerics: Numerics,
+    device: torch.device,
+    max_context: int,
+    cache_dequantised_mb: int,
+) -> Plan:
+    """The plan of loading ``checkpoint`` with these choices. Raises ``ValueError`` for a bad context."""
+    config = checkpoint.config
+    if not 1 <= max_context <= config.max_context:
+        raise ValueError(
+            f"max_context: expected 1 to {config.max_context} tokens (max_position_embeddings), "
+            f"found {max_context}"
+        )
+    place = device.type
+    totals: dict[tuple[str, str], int] = defaultdict(int)
+    for slot in all_slots(config, mtp=checkpoint.mtp):
+        stored = checkpoint.stored[slot.name]
+        form, nbytes = stored.format, stored.nbytes
+        if is_requantized(slot.name, numerics.weights) and not form.startswith("nvfp4"):
+            form, nbytes = "nvfp4", _nvfp4_bytes(slot.shape)
+        totals[component(slot.name), form] += nbytes
+    rows = [PlanRow(part, form, place, nbytes) for (part, form), nbytes in sorted(totals.items())]
+    fixed, per_token = cache_bytes(config, numerics.torch_dtype)
+    if checkpoint.mtp:
+        fixed += config.window * config.head_dim * numerics.torch_dtype.itemsize
+    rows.append(PlanRow("KV cache", numerics.dtype, place, fixed + round(per_token * max_context)))
+    if place == "cpu":
+        rows.append(PlanRow("dequantised matrices", "f32", place, cache_dequantised_mb << 20))
+    return Plan(tuple(rows), max_context, fixed, per_token, free_bytes(device), checkpoint.skipped)
+
+
+def cache_bytes(config: ModelConfig, dtype: torch.dtype) -> tuple[int, float]:
+    """Bytes of a sequence's state: what is fixed, and what each token of context adds."""
+    small, large = 1 << 14, 1 << 15
+    sizes = [
+        SequenceCache(config, config.compress_ratios, max_context=n, dtype=dtype, device="meta").nbytes()
+        for n in (small, large)
+    ]
+    per_token = (sizes[1] - sizes[0]) / (large - small)
+    return round(sizes[0] - per_token * small), per_token
+
+
+_COMPONENTS = (
+    (".attn.indexer.", "indexer"),
+    (".attn.compressor.", "compressors"),
+    (".attn.", "attention"),
+    (".ffn.experts.", "routed experts"),
+    (".ffn.shared_experts.", "shared experts"),
+    (".ffn.gate", "router"),
+    ("hc_", "hyper-connections"),
+    ("norm", "norms"),
+    ("embed", "embedding"),
+    ("head", "head"),
+)
+
+
+def component(name: str) -> str:
+    """The part of the model that slot ``name`` belongs to."""
+    if name.startswith("mtp."):
+        return "MTP block"
+    return next(part for pattern, part in _COMPONENTS if pattern in name)
+
+
+def _nvfp4_bytes(shape: tuple[int, ...]) -> int:
+    n, k = shape
+    return n * k // 2 + n * k // 16 + 4
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as text: a table of components, the totals, what fits, and who serves each operation."""
+    place = plan.rows[0].place
+    lines = [f"{'component':<22} {'format':<10} {'place':<5} {'GB':>10}"]
+    lines += [f"{r.component:<22} {r.format:<10} {r.place:<5} {r.nbytes / GB:>10.3f}" for r in plan.rows]
+    left = plan.free - plan.total_bytes + plan.bytes_per_token * plan.max_context
+    longest = max(0, int(left / plan.bytes_per_token)) if plan.bytes_per_token else None
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    lines += [
+        "",
+        f"weights {plan.weight_bytes / GB:.1f} GB, total {plan.total_bytes / GB:.1f} GB, "
+        f"free on {place} {plan.free / GB:.1f} GB: {verdict}",
+        f"context {plan.max_context} tokens; state {plan.fixed_bytes / 1e6:.1f} MB + "
+        f"{plan.bytes_per_token:.0f} bytes a token"
+        + ("" if longest is None else f"; memory would hold {longest} tokens"),
+    ]
+    if plan.skipped[0]:
+        lines.append(f"skipped: {plan.skipped[0]} mtp.* tensors, {plan.skipped[1] / GB:.1f} GB")
+    lines += ["", "operations:"]
+    lines += [f"  {name:<28} {entry.served_by(place)}" for name, entry in sorted(REGISTRY.items())]
+    return "\n".join(lines)
