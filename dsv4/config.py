@@ -5,7 +5,7 @@ does not look at tensors: ``loading.checkpoint`` compares them with these facts.
 """
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class ModelConfig:
             raise FileNotFoundError(f"{path}: not found; {directory} is not a checkpoint folder")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # bad JSON, bad UTF-8, or an integer of thousands of digits
             raise ValueError(f"{path}: not valid JSON ({error})") from error
         if not isinstance(raw, dict):
             raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
@@ -149,10 +149,13 @@ class _Fields:
         return ValueError(f"{self.source}: {name}: expected {expected}, found {found!r}")
 
     def get(self, *names: str) -> Any:
-        for name in names:
-            if self.raw.get(name) is not None:
-                return self.raw[name]
-        return None
+        """The value stated under any of the names (null is not stated), which must agree."""
+        stated = {name: self.raw[name] for name in names if self.raw.get(name) is not None}
+        first, *others = stated or {names[0]: None}
+        for name in others:
+            if stated[name] != stated[first]:
+                raise self.error(name, f"{stated[first]!r} as in {first}", stated[name])
+        return stated.get(first)
 
     def integer(self, *names: str, default: int | None = None) -> int:
         value = self.get(*names)
@@ -179,7 +182,7 @@ class _Fields:
     def check_number(self, name: str, value: object) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(name, "a number", value)
-        if not math.isfinite(value) or value <= 0:
+        if not 0 < value <= sys.float_info.max:  # NaN fails this too
             raise self.error(name, "a finite number above 0", value)
         return float(value)
 
@@ -197,7 +200,7 @@ def _refuse_other_models(raw: dict[str, Any], source: str) -> None:
     if model_type is None:
         raise ValueError(f"{source}: field model_type is missing; expected 'deepseek_v4'")
     if model_type != "deepseek_v4":
-        reason = reasons.get(model_type, "this program runs DeepSeek-V4 only")
+        reason = reasons.get(str(model_type), "this program runs DeepSeek-V4 only")
         raise ValueError(f"{source}: model_type: expected 'deepseek_v4', found {model_type!r}: {reason}")
 
 
@@ -232,10 +235,12 @@ def _compress_ratios(fields: _Fields, num_layers: int) -> tuple[int, ...]:
 def _ratios_of_types(fields: _Fields, types: object, num_layers: int) -> tuple[int, ...]:
     if not isinstance(types, list) or len(types) != num_layers:
         raise fields.error("layer_types", f"a list of {num_layers} names", types)
-    unknown = [name for name in types if name not in _LAYER_TYPES]
+    unknown = [name for name in types if not isinstance(name, str) or name not in _LAYER_TYPES]
     if unknown:
         raise fields.error("layer_types", f"names out of {sorted(_LAYER_TYPES)}", unknown[0])
     rates = fields.get("compress_rates") or {}
+    if not isinstance(rates, dict):
+        raise fields.error("compress_rates", "an object", rates)
     by_type = dict(_LAYER_TYPES)
     for name, rate in rates.items():
         if name not in by_type or type(rate) is not int or rate < 2:
@@ -252,86 +257,106 @@ def _ratios_of_types(fields: _Fields, types: object, num_layers: int) -> tuple[i
 
 def _num_hash_layers(fields: _Fields, num_layers: int) -> int:
     types = fields.get("mlp_layer_types")
-    stated = fields.get("num_hash_layers")
+    stated = None if fields.get("num_hash_layers") is None else fields.integer("num_hash_layers")
     if types is None and stated is None:
         raise ValueError(f"{fields.source}: field num_hash_layers (or mlp_layer_types) is missing")
     if types is None:
-        return min(fields.integer("num_hash_layers"), num_layers)
+        return min(stated, num_layers)
     if not isinstance(types, list) or len(types) != num_layers:
         raise fields.error("mlp_layer_types", f"a list of {num_layers} names", types)
     count = sum(name == "hash_moe" for name in types)
     if types != ["hash_moe"] * count + ["moe"] * (num_layers - count):
         raise fields.error("mlp_layer_types", "'hash_moe' layers first, then 'moe' layers", types)
-    if stated is not None and stated != count:
+    if stated is not None and min(stated, num_layers) != count:
         raise fields.error("num_hash_layers", f"the {count} hash layers of mlp_layer_types", stated)
     return count
 
 
 def _rope_dim(fields: _Fields, head_dim: int) -> int:
-    stated = fields.get("qk_rope_head_dim")
-    factor = fields.get("partial_rotary_factor")
-    if factor is None:
-        factor = (_rope_parameters(fields, "main") or {}).get("partial_rotary_factor")
-    if stated is None and factor is None:
+    """``qk_rope_head_dim``, or ``head_dim`` times a factor that transformers states in up to four places."""
+    dims: dict[str, int] = {}
+    if fields.get("qk_rope_head_dim") is not None:
+        dims["qk_rope_head_dim"] = fields.positive("qk_rope_head_dim")
+    for name, parameters in {"": fields.raw, **_rope_parameters(fields)}.items():
+        factor, path = parameters.get("partial_rotary_factor"), f"{name}.partial_rotary_factor".lstrip(".")
+        if factor is not None:
+            dims[f"head_dim x {path}"] = round(head_dim * fields.check_number(path, factor))
+    if not dims:
         raise ValueError(f"{fields.source}: field qk_rope_head_dim (or partial_rotary_factor) is missing")
-    if factor is None:
-        return fields.positive("qk_rope_head_dim")
-    dim = round(head_dim * fields.check_number("partial_rotary_factor", factor))
-    if stated is not None and stated != dim:
-        raise fields.error("qk_rope_head_dim", f"{dim} = head_dim x partial_rotary_factor", stated)
-    return dim
+    first, *others = dims
+    for name in others:
+        if dims[name] != dims[first]:
+            raise fields.error(first, f"{dims[name]} = {name}", dims[first])
+    return dims[first]
 
 
-def _rope_parameters(fields: _Fields, kind: str) -> dict[str, Any] | None:
-    """transformers' nested ``rope_parameters.main`` / ``.compress``, if there."""
-    nested = fields.get("rope_parameters")
-    return nested.get(kind) if isinstance(nested, dict) and isinstance(nested.get(kind), dict) else None
+def _rope_parameters(fields: _Fields) -> dict[str, dict[str, Any]]:
+    """transformers' RoPE parameters by full name: nested (``main``, ``compress``), flat, or none."""
+    stated = fields.get("rope_parameters")
+    if stated is None:
+        return {}
+    if not isinstance(stated, dict):
+        raise fields.error("rope_parameters", "an object", stated)
+    nested = {f"rope_parameters.{kind}": stated[kind] for kind in ("main", "compress") if kind in stated}
+    for name, parameters in nested.items():
+        if not isinstance(parameters, dict):
+            raise fields.error(name, "an object", parameters)
+    return nested or {"rope_parameters": stated}
 
 
 def _rope_theta(fields: _Fields) -> float:
-    main = _rope_parameters(fields, "main")
-    if main is None or "rope_theta" not in main:
-        return fields.number("rope_theta")
+    """The base of window-only layers. Nested parameters win over the top level, as in transformers."""
+    places = _rope_parameters(fields)
+    main, flat = places.get("rope_parameters.main", {}), places.get("rope_parameters", {})
     if main.get("rope_type", "default") != "default":
         raise fields.error("rope_parameters.main.rope_type", "'default'", main["rope_type"])
-    return fields.check_number("rope_parameters.main.rope_theta", main["rope_theta"])
+    if "rope_theta" in main:
+        return fields.check_number("rope_parameters.main.rope_theta", main["rope_theta"])
+    if fields.get("rope_theta") is None and "rope_theta" in flat:
+        return fields.check_number("rope_parameters.rope_theta", flat["rope_theta"])
+    return fields.number("rope_theta")
 
 
 def _compress_rope_theta(fields: _Fields) -> float:
-    compress = _rope_parameters(fields, "compress")
-    if compress is None or "rope_theta" not in compress:
+    compress = _rope_parameters(fields).get("rope_parameters.compress", {})
+    if "rope_theta" not in compress:
         return fields.number("compress_rope_theta")
     return fields.check_number("rope_parameters.compress.rope_theta", compress["rope_theta"])
 
 
 def _yarn(fields: _Fields) -> Yarn | None:
-    name, scaling = "rope_parameters.compress", _rope_parameters(fields, "compress")
-    if scaling is None:
-        name, scaling = "rope_scaling", fields.get("rope_scaling", "rope_parameters")
-    if scaling is None:
-        return None
-    if not isinstance(scaling, dict):
-        raise fields.error(name, "an object", scaling)
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in (None, "default"):
-        return None
-    if kind != "yarn":
-        raise fields.error(f"{name}.rope_type", "'yarn' or 'default'", kind)
+    """YaRN of the compressed layers: DeepSeek's ``rope_scaling`` or transformers' ``rope_parameters``."""
+    places = {"rope_scaling": fields.get("rope_scaling"), **_rope_parameters(fields)}
+    places.pop("rope_parameters.main", None)
+    stated: dict[str, Yarn | None] = {}
+    for name, scaling in places.items():
+        if scaling is None:
+            continue
+        if not isinstance(scaling, dict):
+            raise fields.error(name, "an object", scaling)
+        kinds = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
+        if not kinds and "factor" in scaling:
+            raise ValueError(f"{fields.source}: field {name}.rope_type is missing")
+        if any(kind not in ("yarn", "default") or kind != kinds[0] for kind in kinds):
+            raise fields.error(f"{name}.rope_type", "'yarn' or 'default'", kinds)
+        if kinds:
+            stated[name] = _yarn_numbers(fields, name, scaling) if kinds[0] == "yarn" else None
+    if len(set(stated.values())) > 1:
+        first, second = stated
+        raise fields.error(second, f"what {first} says, {stated[first]}", stated[second])
+    return next(iter(stated.values()), None)
+
+
+def _yarn_numbers(fields: _Fields, name: str, scaling: dict[str, Any]) -> Yarn:
+    numbers = _Fields({"beta_fast": 32, "beta_slow": 1} | scaling, f"{fields.source}: {name}")
     for field in ("attention_factor", "mscale", "mscale_all_dim"):
-        if scaling.get(field) not in (None, 1, 1.0):
-            raise fields.error(f"{name}.{field}", "1 or nothing: V4 scales neither cos nor sin", scaling[field])
-
-    def value(field: str, default: float | None = None) -> float:
-        found = scaling.get(field, default)
-        if found is None:
-            raise ValueError(f"{fields.source}: field {name}.{field} is missing")
-        return fields.check_number(f"{name}.{field}", found)
-
+        if scaling.get(field) not in (None, 1):
+            raise numbers.error(field, "1 or nothing: V4 scales neither cos nor sin", scaling[field])
     return Yarn(
-        factor=value("factor"),
-        original_context=int(value("original_max_position_embeddings")),
-        beta_fast=value("beta_fast", 32.0),
-        beta_slow=value("beta_slow", 1.0),
+        factor=numbers.number("factor"),
+        original_context=numbers.positive("original_max_position_embeddings"),
+        beta_fast=numbers.number("beta_fast"),
+        beta_slow=numbers.number("beta_slow"),
     )
 
 
@@ -360,13 +385,17 @@ def _check(config: ModelConfig, fields: _Fields) -> None:
         found = fields.get(name)
         if found is not None and found != expected:
             raise fields.error(name, repr(expected), found)
-    if config.rope_dim % 2 or config.rope_dim > config.head_dim:
-        raise fields.error("qk_rope_head_dim", f"an even number up to head_dim {config.head_dim}", config.rope_dim)
-    if config.rope_dim > config.index_head_dim and CSA_RATIO in config.compress_ratios:
-        raise fields.error("index_head_dim", f"at least qk_rope_head_dim {config.rope_dim}", config.index_head_dim)
-    if config.num_heads % config.o_groups:
-        raise fields.error("o_groups", f"a divisor of num_attention_heads {config.num_heads}", config.o_groups)
-    if config.experts_per_token > config.num_experts:
-        raise fields.error("num_experts_per_tok", f"at most {config.num_experts} experts", config.experts_per_token)
-    if any(token >= config.vocab_size for token in (config.bos_id, *config.eos_ids)):
-        raise fields.error("eos_token_id", f"ids below vocab_size {config.vocab_size}", fields.get("eos_token_id"))
+    rope, chosen, experts = config.rope_dim, config.experts_per_token, config.num_experts
+    index_dim, heads, vocab = config.index_head_dim, config.num_heads, config.vocab_size
+    has_csa = CSA_RATIO in config.compress_ratios
+    rules = (
+        ("qk_rope_head_dim", rope, rope % 2 == 0 and 0 < rope <= config.head_dim, "even, at most head_dim"),
+        ("index_head_dim", index_dim, index_dim >= rope or not has_csa, f"at least {rope}"),
+        ("o_groups", config.o_groups, heads % config.o_groups == 0, f"a divisor of {heads} heads"),
+        ("num_experts_per_tok", chosen, chosen <= experts, f"at most {experts} experts"),
+        ("bos_token_id", config.bos_id, config.bos_id < vocab, f"below vocab_size {vocab}"),
+        ("eos_token_id", config.eos_ids, max(config.eos_ids) < vocab, f"below vocab_size {vocab}"),
+    )
+    for name, found, holds, expected in rules:
+        if not holds:
+            raise fields.error(name, expected, found)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv4.config import ModelConfig
 from dsv4.loading.formats import SUFFIXES, encode, quantize
-from dsv4.loading.mapping import Slot, layer_slots, mtp_slots, to_transformers, trunk_slots
+from dsv4.loading.mapping import DIALECTS, Slot, all_slots, to_transformers
 
 INPUT_SCALE = 4.0 / 2688  # activations behind a norm stay within about 4
 
@@ -74,8 +74,7 @@ def tiny_config_dict(**overrides: Any) -> dict[str, Any]:
 
 def model_slots(config: ModelConfig) -> list[Slot]:
     """Every slot of the model, the MTP block included if the config has one."""
-    layers = [slot for layer in range(config.num_layers) for slot in layer_slots(config, layer)]
-    return trunk_slots(config) + layers + (mtp_slots(config) if config.num_mtp_layers else [])
+    return all_slots(config, mtp=config.num_mtp_layers > 0)
 
 
 def random_model(config: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -86,7 +85,8 @@ def random_model(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 def _random_tensor(slot: Slot, config: ModelConfig, generator: torch.Generator) -> Tensor:
     if slot.kind == "ids":  # distinct experts for each token
-        return torch.rand(slot.shape[0], config.num_experts, generator=generator).argsort()[:, : slot.shape[1]]
+        order = torch.rand(slot.shape[0], config.num_experts, generator=generator).argsort()
+        return order[:, : slot.shape[1]].contiguous()
     noise = torch.randn(slot.shape, generator=generator)
     if slot.kind == "linear":
         return noise * slot.shape[1] ** -0.5
@@ -143,29 +143,40 @@ def encode_model(
     return tensors
 
 
-def rename_transformers(tensors: dict[str, Tensor], *, fused: bool = False) -> dict[str, Tensor]:
-    """The same tensors under transformers' names, ``mtp.*`` as they are.
-
-    ``fused`` stacks the routed experts of the trunk, which must be plain.
-    """
+def rename(tensors: dict[str, Tensor], names: str) -> dict[str, Tensor]:
+    """The same tensors in one of ``mapping.DIALECTS``; ``mtp.*`` stays as it is."""
     renamed = {}
-    experts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        suffix = max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
-        stem = name.removesuffix(suffix)
-        if name.startswith("mtp."):
-            renamed[name] = tensor
-        elif fused and ".experts." in name:
-            layer, _, rest = stem.partition(".experts.")
-            experts.setdefault(f"{layer}.experts", {})[rest] = tensor
+        stem, suffix = _split(name)
+        renamed[name if stem.startswith("mtp.") else DIALECTS[names](stem) + suffix] = tensor
+    return renamed
+
+
+def rename_transformers(tensors: dict[str, Tensor], *, fused: bool = False) -> dict[str, Tensor]:
+    """The same tensors under transformers' names; ``fused`` stacks the trunk's experts, plain ones only."""
+    if not fused:
+        return rename(tensors, "transformers")
+    experts: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        stem, _, rest = _split(name)[0].partition(".experts.")
+        if rest and not name.startswith("mtp."):
+            experts.setdefault(to_transformers(f"{stem}.experts"), {})[rest] = tensor
         else:
-            renamed[to_transformers(stem) + suffix] = tensor
+            others[name] = tensor
+    renamed = rename(others, "transformers")
     for stem, parts in experts.items():
         count = len(parts) // 3
         pairs = [torch.cat((parts[f"{e}.w1"], parts[f"{e}.w3"])) for e in range(count)]
-        renamed[f"{to_transformers(stem)}.gate_up_proj"] = torch.stack(pairs)
-        renamed[f"{to_transformers(stem)}.down_proj"] = torch.stack([parts[f"{e}.w2"] for e in range(count)])
+        renamed[f"{stem}.gate_up_proj"] = torch.stack(pairs)
+        renamed[f"{stem}.down_proj"] = torch.stack([parts[f"{e}.w2"] for e in range(count)])
     return renamed
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A name on disk as slot and suffix."""
+    suffix = max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
+    return name.removesuffix(suffix), suffix
 
 
 def write_checkpoint(
@@ -189,7 +200,8 @@ def write_checkpoint(
     return directory
 
 
-_SCALE_LEAVES = {suffix[1:] for suffix in SUFFIXES} - {"weight", "weight_packed"}
+_BLOCK_SCALES = ("scale", "weight_scale", "weight_scale_inv")
+_SCALARS = ("weight_scale_2", "input_scale", "weight_global_scale", "input_global_scale")
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
@@ -199,27 +211,25 @@ def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         stem, _, leaf = name.rpartition(".")
         if leaf in ("weight", "weight_packed"):
-            parts = {leaf: tensors[f"{stem}.{leaf}"] for leaf in _SCALE_LEAVES if f"{stem}.{leaf}" in tensors}
-            plain[f"{stem}.weight"] = _dequantize(tensor, parts)
-        elif leaf not in _SCALE_LEAVES:
+            scales = {leaf: tensors.get(f"{stem}.{leaf}") for leaf in _BLOCK_SCALES + _SCALARS}
+            plain[f"{stem}.weight"] = _dequantize(tensor, scales)
+        elif leaf not in _BLOCK_SCALES + _SCALARS:
             plain[name] = tensor.float() if tensor.is_floating_point() else tensor
     return plain
 
 
-def _dequantize(codes: Tensor, parts: dict[str, Tensor]) -> Tensor:
-    """Values of one matrix; ``parts`` are its scales by the last part of their names."""
+def _dequantize(codes: Tensor, scales: dict[str, Tensor | None]) -> Tensor:
+    """Values of one matrix; ``scales`` by the last part of their names."""
+    values, block = codes.float(), (128, 128)
     if codes.dtype in (torch.uint8, torch.int8):
         number = codes.view(torch.uint8).int()
         nibbles = torch.stack((number % 16, number // 16), dim=-1).flatten(1)
         values = _E2M1[nibbles % 8] * torch.where(nibbles >= 8, -1.0, 1.0)
-    else:
-        values = codes.float()
-    scale = next((parts[leaf] for leaf in ("scale", "weight_scale", "weight_scale_inv") if leaf in parts), None)
-    if scale is not None:
-        rows, columns = (128, 128) if codes.dtype == torch.float8_e4m3fn else (1, 16)
-        columns = 32 if codes.dtype != torch.float8_e4m3fn and "scale" in parts else columns
-        wide = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        values = values * wide[: values.shape[0], : values.shape[1]]
-    if "weight_global_scale" in parts:
-        return values * (1 / parts["weight_global_scale"])
-    return values * parts.get("weight_scale_2", 1.0)
+        block = (1, 16 if scales["scale"] is None else 32)
+    for leaf in _BLOCK_SCALES:
+        if scales[leaf] is not None:
+            wide = scales[leaf].float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            values = values * wide[: values.shape[0], : values.shape[1]]
+    if scales["weight_global_scale"] is not None:
+        values = values * (1 / scales["weight_global_scale"])
+    return values if scales["weight_scale_2"] is None else values * scales["weight_scale_2"]

@@ -28,10 +28,10 @@ FP8 = Format(448.0, 3, -6, 1e-4)  # e4m3
 FP4 = Format(6.0, 1, 0, 6.0 * 2.0**-126)  # e2m1
 
 
-def round_blocks(x: Tensor, block: int, fmt: Format, measure: bool) -> tuple[Tensor, float]:
+def round_blocks(x: Tensor, block: int, fmt: Format) -> tuple[Tensor, float]:
     """Round the last axis of x block by block to fmt and back; a last partial block is allowed.
 
-    With measure, also the smallest distance in steps to another rounding or another block scale.
+    Returns with it the smallest distance in steps to another rounding or another block scale.
     """
     blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     amax = blocks.abs().amax(-1, keepdim=True).clamp(min=fmt.floor)
@@ -41,8 +41,6 @@ def round_blocks(x: Tensor, block: int, fmt: Format, measure: bool) -> tuple[Ten
     binade = (torch.frexp(y).exponent - 1).clamp(min=fmt.min_exponent)
     step = torch.ldexp(torch.ones_like(y), binade - fmt.mantissa)
     rounded = (torch.round(y / step) * step * scale).flatten(-2)[..., : x.shape[-1]]  # ties to even
-    if not measure:
-        return rounded, math.inf
     peak, spacing = amax / scale, 2.0 ** (math.floor(math.log2(fmt.top)) - fmt.mantissa)
     # A block's maximum lies in (top/2, top] of its scale; past either end the scale changes.
     ends = torch.minimum(fmt.top - peak, 2 * peak - fmt.top).abs() / spacing
@@ -97,10 +95,10 @@ class Oracle:
     named in quantized (names without ".weight"; the grouped wo_a never rounds its input).
 
     flips holds, after a call, the smallest margin of each position and site over all layers. Sites
-    "window", "compressed", "index_q" and "index_k" are roundings (trained numerics only; at most
-    half a quantisation step); "indexer" and "router" are top-k choices (gap between the last chosen
-    and the first rejected score over the largest magnitude; absent where nothing is rejected).
-    Index queries are only rounded where there is a choice to make.
+    "window", "compressed", "index_q" and "index_k" (trained numerics) and "activation" (inputs of
+    quantised linears) are roundings, at most half a quantisation step; "indexer" and "router" are
+    top-k choices (gap between the last chosen and the first rejected score over the largest
+    magnitude; absent where nothing is rejected). Index queries exist only where there is a choice.
     """
 
     def __init__(
@@ -148,6 +146,7 @@ class Oracle:
 
     def _reset(self) -> None:
         """Start a fresh sequence: drop every history and every recorded margin."""
+        self._t = 0
         self._history: dict[str, list[Tensor]] = defaultdict(list)
         self._margins: dict[tuple[int, str], float] = {}
 
@@ -155,8 +154,8 @@ class Oracle:
         self._margins[t, site] = min(value, self._margins.get((t, site), math.inf))
 
     def _simulate(self, x: Tensor, block: int, fmt: Format, t: int, site: str) -> Tensor:
-        """Round x as in training and note how close the nearest decision was."""
-        rounded, nearest = round_blocks(x, block, fmt, True)
+        """Round x to fmt and note how close the nearest decision was."""
+        rounded, nearest = round_blocks(x, block, fmt)
         self._note(t, site, nearest)
         return rounded
 
@@ -170,7 +169,7 @@ class Oracle:
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         if name in self.quantized:
-            x = round_blocks(x, 128, FP8, False)[0]
+            x = self._simulate(x, 128, FP8, self._t, "activation")
         return x @ self.weights[name + ".weight"].T
 
     def _rms(self, x: Tensor, name: str | None = None) -> Tensor:
@@ -180,6 +179,7 @@ class Oracle:
 
     def _trunk(self, token: int, t: int) -> Tensor:
         """The residual streams after the last trunk layer for one more token."""
+        self._t = t
         x = self.weights["embed.weight"][token].repeat(self.config["hc_mult"], 1)
         for i in range(self.config["num_hidden_layers"]):
             routed_by = token if i < self.config["num_hash_layers"] else None

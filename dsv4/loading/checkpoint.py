@@ -91,10 +91,9 @@ def check_headers(tensors: dict[str, TensorInfo], config: ModelConfig, *, mtp: b
 class Checkpoint:
     """A checkpoint folder whose headers, names, shapes and scalar scales have been proved.
 
-    ``names``: one of ``mapping.DIALECTS``; ``mtp``: whether the MTP block is part of the model;
-    ``stored``: every slot's storage by slot name;
-    ``skipped``: (count, bytes) of ``mtp.*`` tensors that will not be loaded; ``mtp``: whether the
-    MTP block is part of ``stored``.
+    ``mtp``: whether the MTP block is part of ``stored``; ``names``: one of ``mapping.DIALECTS``;
+    ``stored``: every slot's storage by slot name; ``skipped``: (count, bytes) of ``mtp.*`` tensors
+    that will not be loaded.
     """
 
     directory: Path
@@ -153,8 +152,10 @@ class Checkpoint:
 
 def _detect_names(tensors: dict[str, TensorInfo], directory: Path) -> str:
     """The dialect: its embedding and its first norm are there, whichever others are."""
-    marks = {names: [f"{rename(slot)}.weight" for slot in ("embed", "layers.0.attn_norm")]
-             for names, rename in DIALECTS.items()}
+    marks = {
+        names: [f"{rename(slot)}.weight" for slot in ("embed", "layers.0.attn_norm")]
+        for names, rename in DIALECTS.items()
+    }
     found = [names for names, mark in marks.items() if all(name in tensors for name in mark)]
     if len(found) == 1:
         return found[0]
@@ -188,12 +189,14 @@ def _take_fused_experts(remaining: dict[str, TensorInfo], config: ModelConfig) -
     for layer in range(config.num_layers):
         experts = f"layers.{layer}.ffn.experts"
         gate_up, down = (f"{to_transformers(experts)}.{leaf}" for leaf in ("gate_up_proj", "down_proj"))
-        if gate_up not in remaining and down not in remaining:
-            continue
+        found = {stem: remaining.pop(stem) for stem in (gate_up, down) if stem in remaining}
+        if len(found) == 1:
+            ((present, info),) = found.items()
+            absent = down if present == gate_up else gate_up
+            raise ValueError(f"{info.file}: {present} is there, but {absent} is missing")
         for stem, matrices, shape in ((gate_up, ("w1", "w3"), (f, d)), (down, ("w2",), (d, f))):
-            if stem not in remaining:
-                raise ValueError(f"{remaining[{gate_up: down, down: gate_up}[stem]].file}: {stem} is missing")
-            stored |= _slice_experts(experts, stem, remaining.pop(stem), config.num_experts, matrices, shape)
+            if stem in found:
+                stored |= _slice_experts(experts, stem, found[stem], config.num_experts, matrices, shape)
     return stored
 
 

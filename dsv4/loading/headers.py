@@ -103,8 +103,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map: expected an object from tensor names to shard names")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index}: {name}: expected the name of a shard, found {shard!r}")
+        if not isinstance(shard, str):
+            raise ValueError(f"{index}: {name}: expected the name of a shard, found {shard!r:.100}")
+    for shard in set(weight_map.values()):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index}: expected names of files beside it, found {shard!r}")
     return weight_map
 
 
@@ -146,7 +149,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int, size: int) 
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all([type(item) is int and item >= 0 for item in value])
 
 
 def _check_tiling(path: Path, tensors: dict[str, TensorInfo], position: int, size: int) -> None:

@@ -51,7 +51,8 @@ def run_experts(
         rows = x[pairs // slots]
         y = run_expert(rows, experts[e], routing.flatten()[pairs], limit=limit, activations=activations)
         parts[pairs] = y
-    total = parts.view(tokens, slots, -1)[:, 0]
+    parts = parts.view(tokens, slots, x.shape[1])
+    total = parts[:, 0]
     for slot in range(1, slots):
-        total = total + parts.view(tokens, slots, -1)[:, slot]
+        total = total + parts[:, slot]
     return (total + run_expert(x, shared, None, limit=limit, activations=activations)).to(x.dtype)
