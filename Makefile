@@ -8,8 +8,9 @@ ENV = $(PYTHON) tools/make_env.py
 demo:
 	python=$$($(ENV)) && "$$python" single_shot_inference.py
 
+# The tests run one thread each; where pytest-xdist is installed, two processes use the second core.
 test:
-	python=$$($(ENV) pytest transformers) && "$$python" -m pytest
+	python=$$($(ENV) pytest transformers) && "$$python" -m pytest $$("$$python" -c "import xdist; print('-n2')" 2>/dev/null)
 
 lint:
 	python=$$($(ENV) ruff) && "$$python" -m ruff check .

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from dsv4.loading.checkpoint import Checkpoint
 from dsv4.numerics import ACTIVATIONS, DTYPES, NUMERICS, WEIGHTS, Numerics
 from dsv4.ops.dispatch import expand_rooms, use_reference
 from dsv4.plan import CACHE_DEQUANTISED_MB, format_plan, make_plan
+from dsv4.prompt_files import read_messages, read_text
 from dsv4.tokenizer import BOS, Tokenizer
 
 TINY = Path(__file__).resolve().parent / "models" / "tiny"
@@ -78,31 +80,6 @@ def read_prompt(args: argparse.Namespace) -> str:
     return encode_chat(messages, thinking=args.thinking, tools=tools, texts=texts)
 
 
-def read_messages(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """A JSON file with a list of messages, or an object {messages, tools}."""
-    try:
-        data = json.loads(read_text(path, "--messages"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--messages: {path}: not valid JSON ({error})") from error
-    if isinstance(data, list):
-        return data, None
-    if not isinstance(data, dict) or not isinstance(data.get("messages"), list):
-        raise ValueError(f"--messages: {path}: expected a list of messages or {{messages, tools}}")
-    tools = data.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"--messages: {path}: tools: expected a list, found {type(tools).__name__}")
-    return data["messages"], tools
-
-
-def read_text(path: str, option: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option}: {path}: not valid UTF-8 ({error})") from error
-    except OSError as error:
-        raise ValueError(f"{option}: {path}: cannot be read ({error.strerror})") from error
-
-
 def load(args: argparse.Namespace, max_context: int) -> dsv4.Engine:
     with progress_bar("load", "B") as progress:
         return dsv4.load(
@@ -147,7 +124,11 @@ def stream(generation: dsv4.Generation, *, show: bool) -> str:
 
 
 def result(
-    args: argparse.Namespace, engine: dsv4.Engine, generation: dsv4.Generation, prompt_ids: list[int], text: str
+    args: argparse.Namespace,
+    engine: dsv4.Engine,
+    generation: dsv4.Generation,
+    prompt_ids: list[int],
+    text: str,
 ) -> dict[str, Any]:
     """What --json prints."""
     reasoning, tool_calls = None, []
@@ -219,6 +200,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="note: %(message)s")
+    logging.getLogger("dsv4").setLevel(logging.INFO)
     try:
         sys.exit(main(parse_args()))
     except (ValueError, FileNotFoundError) as error:

@@ -292,9 +292,7 @@ def _rope_dim(fields: _Fields, head_dim: int) -> int:
 
 def _rope_parameters(fields: _Fields) -> dict[str, dict[str, Any]]:
     """transformers' RoPE parameters by full name: nested (``main``, ``compress``), flat, or none."""
-    stated = fields.get("rope_parameters")
-    if stated is None:
-        return {}
+    stated = fields.get("rope_parameters") or {}
     if not isinstance(stated, dict):
         raise fields.error("rope_parameters", "an object", stated)
     nested = {f"rope_parameters.{kind}": stated[kind] for kind in ("main", "compress") if kind in stated}
@@ -348,10 +346,11 @@ def _yarn(fields: _Fields) -> Yarn | None:
 
 
 def _yarn_numbers(fields: _Fields, name: str, scaling: dict[str, Any]) -> Yarn:
-    numbers = _Fields({"beta_fast": 32, "beta_slow": 1} | scaling, f"{fields.source}: {name}")
+    stated = {field: value for field, value in scaling.items() if value is not None}
+    numbers = _Fields({"beta_fast": 32, "beta_slow": 1} | stated, f"{fields.source}: {name}")
     for field in ("attention_factor", "mscale", "mscale_all_dim"):
-        if scaling.get(field) not in (None, 1):
-            raise numbers.error(field, "1 or nothing: V4 scales neither cos nor sin", scaling[field])
+        if stated.get(field, 1) != 1:
+            raise numbers.error(field, "1 or nothing: V4 scales neither cos nor sin", stated[field])
     return Yarn(
         factor=numbers.number("factor"),
         original_context=numbers.positive("original_max_position_embeddings"),

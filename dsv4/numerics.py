@@ -25,10 +25,11 @@ class Numerics:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        choices = {"weights": WEIGHTS, "activations": ACTIVATIONS, "numerics": NUMERICS, "dtype": tuple(DTYPES)}
-        for field, known in choices.items():
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field}: expected one of {', '.join(known)}, found {getattr(self, field)!r}")
+        fields = ("weights", WEIGHTS), ("activations", ACTIVATIONS), ("numerics", NUMERICS), ("dtype", DTYPES)
+        for field, known in fields:
+            found = getattr(self, field)
+            if found not in known:
+                raise ValueError(f"{field}: expected one of {', '.join(known)}, found {found!r}")
 
     @property
     def trained(self) -> bool:

@@ -9,13 +9,13 @@ from dsv4.cache import SequenceCache
 from dsv4.config import ModelConfig
 from dsv4.device import free_bytes
 from dsv4.loading.checkpoint import Checkpoint
-from dsv4.loading.mapping import all_slots
 from dsv4.loading.requantize import is_requantized
 from dsv4.numerics import Numerics
 from dsv4.ops.dispatch import REGISTRY
 
 GB = 1e9
 CACHE_DEQUANTISED_MB = 256
+KV_CACHE, MATRIX_CACHE = "KV cache", "dequantised matrices"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Plan:
 
     rows: tuple[PlanRow, ...]
     max_context: int
+    context_limit: int
     fixed_bytes: int
     bytes_per_token: float
     free: int
@@ -41,7 +42,7 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(row.nbytes for row in self.rows if row.component not in ("KV cache", "dequantised matrices"))
+        return sum(row.nbytes for row in self.rows if row.component not in (KV_CACHE, MATRIX_CACHE))
 
     @property
     def total_bytes(self) -> int:
@@ -76,20 +77,27 @@ def make_plan(
         )
     place = device.type
     totals: dict[tuple[str, str], int] = defaultdict(int)
-    for slot in all_slots(config, mtp=checkpoint.mtp):
-        stored = checkpoint.stored[slot.name]
+    for name, stored in checkpoint.stored.items():
         form, nbytes = stored.format, stored.nbytes
-        if is_requantized(slot.name, numerics.weights) and not form.startswith("nvfp4"):
-            form, nbytes = "nvfp4", _nvfp4_bytes(slot.shape)
-        totals[component(slot.name), form] += nbytes
+        if is_requantized(name, numerics.weights) and not form.startswith("nvfp4"):
+            form, nbytes = "nvfp4", _nvfp4_bytes(stored.slot.shape)
+        totals[component(name), form] += nbytes
     rows = [PlanRow(part, form, place, nbytes) for (part, form), nbytes in sorted(totals.items())]
     fixed, per_token = cache_bytes(config, numerics.torch_dtype)
     if checkpoint.mtp:
         fixed += config.window * config.head_dim * numerics.torch_dtype.itemsize
-    rows.append(PlanRow("KV cache", numerics.dtype, place, fixed + round(per_token * max_context)))
+    rows.append(PlanRow(KV_CACHE, numerics.dtype, place, fixed + round(per_token * max_context)))
     if place == "cpu":
-        rows.append(PlanRow("dequantised matrices", "f32", place, cache_dequantised_mb << 20))
-    return Plan(tuple(rows), max_context, fixed, per_token, free_bytes(device), checkpoint.skipped)
+        rows.append(PlanRow(MATRIX_CACHE, "f32", place, cache_dequantised_mb << 20))
+    return Plan(
+        rows=tuple(rows),
+        max_context=max_context,
+        context_limit=config.max_context,
+        fixed_bytes=fixed,
+        bytes_per_token=per_token,
+        free=free_bytes(device),
+        skipped=checkpoint.skipped,
+    )
 
 
 def cache_bytes(config: ModelConfig, dtype: torch.dtype) -> tuple[int, float]:
@@ -135,15 +143,15 @@ def format_plan(plan: Plan) -> str:
     lines = [f"{'component':<22} {'format':<10} {'place':<5} {'GB':>10}"]
     lines += [f"{r.component:<22} {r.format:<10} {r.place:<5} {r.nbytes / GB:>10.3f}" for r in plan.rows]
     left = plan.free - plan.total_bytes + plan.bytes_per_token * plan.max_context
-    longest = max(0, int(left / plan.bytes_per_token)) if plan.bytes_per_token else None
+    longest = max(0, int(left / plan.bytes_per_token)) if plan.bytes_per_token else plan.context_limit
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines += [
         "",
         f"weights {plan.weight_bytes / GB:.1f} GB, total {plan.total_bytes / GB:.1f} GB, "
         f"free on {place} {plan.free / GB:.1f} GB: {verdict}",
         f"context {plan.max_context} tokens; state {plan.fixed_bytes / 1e6:.1f} MB + "
-        f"{plan.bytes_per_token:.0f} bytes a token"
-        + ("" if longest is None else f"; memory would hold {longest} tokens"),
+        f"{plan.bytes_per_token:.0f} bytes a token; memory would hold "
+        f"{min(longest, plan.context_limit)} of the model's {plan.context_limit} tokens",
     ]
     if plan.skipped[0]:
         lines.append(f"skipped: {plan.skipped[0]} mtp.* tensors, {plan.skipped[1] / GB:.1f} GB")

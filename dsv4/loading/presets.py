@@ -86,9 +86,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Every kind of layer and both routers in seconds on a CPU. What kernels are compiled for stays real (head
     # width, RoPE, window, streams, index width); the rest shrinks, to multiples of 128 so that FP8 blocks are
-    # whole. With 64 index entries the top-k binds from 260 tokens on; with fewer than 32 index heads many scores
-    # are exactly 0, ties that two implementations may break differently. YaRN has the real numbers and so the
-    # real frequencies; the context ends where it would begin to stretch.
+    # whole. With 64 index entries the top-k binds from 260 tokens on; with fewer than 32 index heads many
+    # scores are exactly 0, ties that two implementations may break differently. YaRN has the real numbers and
+    # so the real frequencies; the context ends where it would begin to stretch.
     "tiny": {
         **_COMMON,
         "vocab_size": 1280,

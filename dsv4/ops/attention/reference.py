@@ -17,6 +17,8 @@ def attend(
     selected: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, width = q.shape
+    if tokens == 0:
+        return torch.empty_like(q)
     before = window_kv.shape[0] - tokens  # window rows older than the first query
     entries = 0
     if compressed is not None:

@@ -10,7 +10,7 @@ from dsv4.ops.dispatch import op
 def pool_windows(
     kv: Tensor, gate: Tensor, ape: Tensor, tail_kv: Tensor, tail_gate: Tensor, *, start: int, overlap: bool
 ) -> Tensor:
-    """The entries that tokens start .. start + T - 1 complete, before norm and RoPE; updates the tail in place.
+    """The entries that tokens start .. start + T - 1 complete, before norm and RoPE; updates the tail.
 
     kv, gate [T, C] f32: the projections, gate without position bias; ape [ratio, C] f32 is added to the
     gate only, by position mod ratio. C = width for HCA; 2 x width with ``overlap`` (CSA): channels of

@@ -8,6 +8,8 @@ BLOCK_ELEMENTS = 1 << 24
 
 def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     tokens, heads, _ = q.shape
+    if tokens == 0:
+        return q.new_empty((0, keys.shape[0]), dtype=torch.float32)
     rows = max(1, BLOCK_ELEMENTS // max(1, heads * keys.shape[0]))
     blocks = []
     for first in range(0, tokens, rows):

@@ -62,13 +62,16 @@ def quantize_fp8_block(w: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_fp8(x: Tensor, *, block: int = FP8_BLOCK) -> tuple[Tensor, Tensor]:
     """FP8 activations: x [..., K] -> codes [..., K] e4m3, scales [..., K/block] e8m0 (rounded up).
 
-    scale = 2^ceil(log2(max(amax, 1e-4) / 448)) of each row's block. Source: docs/model.md 2.13 (act_quant).
+    scale = 2^ceil(log2(max(amax, 1e-4) / 448)) of each row's block. Source: docs/model.md 2.13 (fp8lin128).
     """
 
 
 @op(reference.round_fp8)
 def round_fp8(x: Tensor, *, block: int = FP8_BLOCK) -> Tensor:
-    """The values that ``quantize_fp8`` keeps, in x's dtype. Source: docs/model.md 2.13 (act_quant in place)."""
+    """The values that ``quantize_fp8`` keeps, in x's dtype.
+
+    Source: docs/model.md 2.13 (fp8lin128).
+    """
 
 
 @op(reference.round_kv)
@@ -89,7 +92,7 @@ def rotate_hadamard(x: Tensor) -> Tensor:
 
 @op(reference.round_index)
 def round_index(x: Tensor) -> Tensor:
-    """Hadamard rotation, then FP4 rounding by blocks of 32 with power-of-two scales: x [..., Di], in x's dtype.
+    """Hadamard rotation, then FP4 rounding by blocks of 32 with power-of-two scales: x [..., Di], same dtype.
 
     Source: docs/model.md 2.11 and 2.13 (fp4sim32).
     """

@@ -39,14 +39,14 @@ def round_e4m3(x: Tensor) -> Tensor:
 def nvfp4_global_scale(x: Tensor, *, per_token: bool) -> Tensor:
     magnitude = x.float().abs()
     amax = magnitude.amax(dim=-1, keepdim=True) if per_token else magnitude.amax()
-    return amax / (E2M1_MAX * E4M3_MAX)
+    return _divide(amax, E2M1_MAX * E4M3_MAX)
 
 
 def quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     blocks = x.float().unflatten(-1, (-1, NVFP4_BLOCK))
     amax = blocks.abs().amax(dim=-1)
     # A zero global scale (an all-zero token) gives 0/0: those blocks are zero as well.
-    scale = round_e4m3((amax / E2M1_MAX / global_scale).nan_to_num(0.0))
+    scale = round_e4m3((_divide(amax, E2M1_MAX) / global_scale).nan_to_num(0.0))
     step = (scale.float() * global_scale).unsqueeze(-1)
     values = torch.where(step > 0, blocks / step, torch.zeros((), device=x.device))
     return pack_e2m1(values.flatten(-2)), scale
@@ -62,7 +62,7 @@ def quantize_fp8_block(w: Tensor) -> tuple[Tensor, Tensor]:
     padded = F.pad(w.float(), (0, -k % FP8_BLOCK, 0, -n % FP8_BLOCK))
     blocks = padded.unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, FP8_BLOCK))  # [Nb, 128, Kb, 128]
     amax = blocks.abs().amax(dim=(1, 3)).clamp_min(FP8_AMAX_FLOOR)
-    exponent = _ceil_log2(amax / E4M3_MAX)
+    exponent = _ceil_log2(_divide(amax, E4M3_MAX))
     scale = e8m0_to_float(exponent)
     codes = round_e4m3(blocks / scale[:, None, :, None])
     codes = codes.flatten(2).flatten(0, 1)[:n, :k].contiguous()
@@ -73,9 +73,9 @@ def quantize_fp8(x: Tensor, *, block: int = FP8_BLOCK) -> tuple[Tensor, Tensor]:
     k = x.shape[-1]
     blocks = F.pad(x.float(), (0, -k % block)).unflatten(-1, (-1, block))
     amax = blocks.abs().amax(dim=-1).clamp_min(FP8_AMAX_FLOOR)
-    exponent = _ceil_log2(amax / E4M3_MAX)
+    exponent = _ceil_log2(_divide(amax, E4M3_MAX))
     codes = round_e4m3(blocks / e8m0_to_float(exponent).unsqueeze(-1))
-    return codes.flatten(-2)[..., :k], exponent.view(torch.float8_e8m0fnu)
+    return codes.flatten(-2)[..., :k].contiguous(), exponent.view(torch.float8_e8m0fnu)
 
 
 def round_fp8(x: Tensor, *, block: int = FP8_BLOCK) -> Tensor:
@@ -111,9 +111,14 @@ def _scale_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / 2^e by blocks of 32, [..., K/32, 32] f32, and e as e8m0 bytes viewed [..., K/32]."""
     blocks = x.float().unflatten(-1, (-1, MXFP4_BLOCK))
     amax = blocks.abs().amax(dim=-1).clamp_min(FP4_AMAX_FLOOR)
-    exponent = _ceil_log2(amax / E2M1_MAX)
+    exponent = _ceil_log2(_divide(amax, E2M1_MAX))
     values = blocks / e8m0_to_float(exponent).unsqueeze(-1)
     return values, exponent.view(torch.float8_e8m0fnu)
+
+
+def _divide(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, rounded once. With a plain number torch multiplies by its reciprocal on CUDA."""
+    return x / torch.full((), divisor, device=x.device)
 
 
 def _ceil_log2(x: Tensor) -> Tensor:

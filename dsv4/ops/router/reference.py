@@ -1,6 +1,5 @@
 """Choosing experts in plain torch, fp32 throughout."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

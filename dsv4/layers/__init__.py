@@ -1,0 +1,1 @@
+"""The layers: each holds its weights and calls operations. One class per file."""
