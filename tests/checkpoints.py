@@ -16,6 +16,7 @@ from torch import Tensor
 from dsv4.config import ModelConfig
 from dsv4.loading.formats import SUFFIXES, encode, quantize
 from dsv4.loading.mapping import DIALECTS, Slot, all_slots, to_transformers
+from dsv4.loading.synthetic import make_tokenizer
 
 INPUT_SCALE = 4.0 / 2688  # activations behind a norm stay within about 4
 
@@ -197,6 +198,17 @@ def write_checkpoint(
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return directory
+
+
+def write_with_tokenizer(
+    directory: Path, form: str = "nvidia", raw: dict[str, Any] | None = None, *, seed: int = 1
+) -> Path:
+    """A whole checkpoint of random weights, as the driver wants it: with a byte-level tokenizer."""
+    raw = tiny_config_dict(vocab_size=288) if raw is None else raw
+    config = ModelConfig.from_dict(raw)
+    write_checkpoint(directory, raw, encode_model(random_model(config, seed), config, PRESETS[form]))
+    (directory / "tokenizer.json").write_text(make_tokenizer(288).to_str(), encoding="utf-8")
     return directory
 
 

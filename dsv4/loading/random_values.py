@@ -65,7 +65,7 @@ class RandomValues:
 
         ``dtype`` and ``count`` are the part's on disk. w1 and w3 of an expert share their scalars.
         """
-        codes, scales, global_scale = _spreads(layout, slot.shape[1] ** -0.5)
+        codes, scales, global_scale = _spreads(layout.format, slot.shape[1] ** -0.5)
         key = f"{slot.name} {part.field}"
         if part.field == "w":
             yield from self._draw(key, codes, count)
@@ -132,20 +132,19 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"F32": Tensor.float, "BF16": Te
 
 
 @functools.cache
-def _spreads(layout: Layout, std: float) -> tuple[Spread, Bytes | None, float]:
+def _spreads(format: str, std: float) -> tuple[Spread, Bytes | None, float]:
     """Codes, block scales and global scale that give a matrix about this standard deviation."""
-    dtype = layout.parts[0].dtypes[0]
-    if dtype in _PLAIN:
-        return Normal(dtype, 0.0, std), None, 1.0
-    if layout.format.startswith("nvfp4"):
+    if format.upper() in _PLAIN:
+        return Normal(format.upper(), 0.0, std), None, 1.0
+    if format.startswith("nvfp4"):
         codes = Normal("E2M1", 0.0, 2.5)
         return codes, _E4M3_SCALES, std / (_rms(codes) * _rms(_E4M3_SCALES))
     # Two neighbouring powers of two; the codes make up for the rest.
-    code_dtype, least = ("F8_E4M3", 50.0) if dtype == "F8_E4M3" else ("E2M1", 1.7)
+    dtype, least = {"fp8": ("F8_E4M3", 50.0), "mxfp4": ("E2M1", 1.7)}[format]
     pair = math.sqrt((1 + 4) / 2)
     exponent = math.floor(math.log2(std / (pair * least)))
     scales = Bytes("F8_E8M0", 127 + exponent, 127 + exponent + 2)
-    return Normal(code_dtype, 0.0, std / (pair * 2**exponent)), scales, 1.0
+    return Normal(dtype, 0.0, std / (pair * 2**exponent)), scales, 1.0
 
 
 def _table(spread: Spread) -> Tensor:

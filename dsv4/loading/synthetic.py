@@ -132,7 +132,7 @@ def _entries(config: ModelConfig, format: str, names: str, values: RandomValues)
 def deepseek_config(raw: Mapping[str, Any], config: ModelConfig, format: str) -> dict[str, Any]:
     """config.json with DeepSeek's field names and the quantisation that producers of ``format`` state."""
     kept = {key: value for key, value in raw.items() if key not in ("quantization_config", "expert_dtype")}
-    return kept | _quantization(config, format)
+    return kept | _quantization(config, format) | {"synthetic": True}
 
 
 def transformers_config(raw: Mapping[str, Any], config: ModelConfig, format: str) -> dict[str, Any]:

@@ -92,9 +92,9 @@ def write_checkpoint(
         raise ValueError(f"shard size: expected a number of GB above 0, found {shard_gb}")
     shards = _split(entries, int(shard_gb * GB))
     total = sum(entry.nbytes for shard in shards for entry in shard)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     if not headers_only:
         _require_space(directory, total)
+    directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir()
     try:
@@ -113,6 +113,7 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@functools.cache
 def find_layout(format: str, scale_suffix: str | None = None) -> Layout:
     """The layout that stores a linear in ``format``: the usual one, or the one with ``scale_suffix``."""
     found = (
@@ -158,7 +159,7 @@ def _require_vacant(directory: Path) -> None:
 
 
 def _require_space(directory: Path, total: int) -> None:
-    free = shutil.disk_usage(directory.parent).free
+    free = shutil.disk_usage(next(parent for parent in directory.parents if parent.is_dir())).free
     if free < total:
         raise ValueError(
             f"{directory}: expected {total / GB:.1f} GB of free disk space, found {free / GB:.1f} GB"
@@ -196,10 +197,14 @@ def _write_shard(
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
     data_start = file.tell()
+    at_entry = True
     for entry in shard:
         if headers_only and not entry.is_scalar:
+            at_entry = False
             continue
-        file.seek(data_start + header[entry.name]["data_offsets"][0])
+        if not at_entry:
+            file.seek(data_start + header[entry.name]["data_offsets"][0])
+            at_entry = True
         written = 0
         for data in _raw_bytes(entry.pieces()):
             file.write(data)

@@ -47,7 +47,7 @@ def op(reference: Callable[..., Any], *, kernel: bool = False) -> Callable[[Call
 
         @functools.wraps(door)
         def dispatch(*args: Any, **kwargs: Any) -> Any:
-            if kernel and room not in _forced and _on_cuda(args):
+            if kernel and room not in _forced and _on_cuda((*args, *kwargs.values())):
                 return door(*args, **kwargs)
             return reference(*args, **kwargs)
 

@@ -21,7 +21,7 @@ def expected_attention(
     compressed: Tensor,
     chosen: Sequence[Sequence[int]],
 ) -> np.ndarray:
-    """Window rows by position, then the chosen entries; weights are rounded to q's dtype, their sum is not."""
+    """Window rows by position, then the chosen entries; weights are rounded to q's dtype, their sum not."""
     queries, rows, entries = (x.double().numpy() for x in (q, window_kv, compressed))
     before = len(rows) - len(queries)
     out = np.zeros(queries.shape)

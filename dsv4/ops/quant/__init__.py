@@ -20,7 +20,7 @@ def pack_e2m1(x: Tensor) -> Tensor:
 
 @op(reference.round_e4m3)
 def round_e4m3(x: Tensor) -> Tensor:
-    """Round to e4m3, saturating at 448: x f32 -> float8_e4m3fn of the same shape."""
+    """Round to e4m3, saturating at 448: x [...] f32 -> [...] e4m3. Source: docs/model.md 4.1."""
 
 
 @op(reference.nvfp4_global_scale)
@@ -68,7 +68,7 @@ def quantize_fp8(x: Tensor, *, block: int = FP8_BLOCK) -> tuple[Tensor, Tensor]:
 
 @op(reference.round_fp8)
 def round_fp8(x: Tensor, *, block: int = FP8_BLOCK) -> Tensor:
-    """The values that ``quantize_fp8`` keeps, in x's dtype.
+    """The values that ``quantize_fp8`` keeps: x [..., K] -> [..., K] in x's dtype.
 
     Source: docs/model.md 2.13 (fp8lin128).
     """

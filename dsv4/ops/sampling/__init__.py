@@ -16,7 +16,7 @@ def uniform(seed: int, position: int) -> float:
 
     Philox4x32-10 with the 64-bit ``seed`` as key and ``position`` as 128-bit counter (low words
     first in both); the upper 24 bits of the first word of output. Nothing is carried from one
-    position to the next, so any position can be drawn again alone.
+    position to the next, so any position can be drawn again alone. Source: docs/model.md 5.
     """
 
 
@@ -49,4 +49,5 @@ def sample_token(
 
     The settings' ranges are those of ``dsv4.sampling.Sampling``. A largest logit that is not finite
     (a NaN or +inf anywhere, or nothing but -inf) is an internal error: ``AssertionError``.
+    Source: docs/model.md 5.
     """

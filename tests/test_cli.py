@@ -1,0 +1,263 @@
+"""The driver as a user runs it: a process with arguments, its output, its exit code."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import tiny_config_dict, write_with_tokenizer
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = [sys.executable, str(ROOT / "single_shot_inference.py")]
+
+
+def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [*DRIVER, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    raw = tiny_config_dict(vocab_size=288, max_position_embeddings=2048)
+    return write_with_tokenizer(tmp_path_factory.mktemp("cli"), raw=raw)
+
+
+@pytest.fixture
+def broken(ckpt: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, for a test to damage."""
+    return Path(shutil.copytree(ckpt, tmp_path / "ckpt"))
+
+
+def test_text_goes_to_stdout_and_the_summary_to_stderr(ckpt: Path) -> None:
+    options = ("--ckpt", ckpt, "--prompt", "Hello", "--max-new-tokens", 12)
+    first, second = run(*options), run(*options, "--json")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "12 new tokens (length)" in first.stderr and "tok/s" in first.stderr
+    result = json.loads(second.stdout)
+    assert first.stdout == result["text"] + "\n"
+    assert result["finish"] == "length" and len(result["ids"]) == 12
+    assert (result["reasoning"], result["tool_calls"]) == (None, [])
+    assert set(result["timings"]) == {
+        "load_s",
+        "prefill_s",
+        "ttft_s",
+        "decode_s",
+        "prefill_tps",
+        "decode_tps",
+    }
+    assert result["config"] == {
+        "weights": "stored",
+        "activations": "bf16",
+        "numerics": "trained",
+        "dtype": "float32",
+        "device": "cpu",
+        "reference": [],
+    }
+
+
+def test_every_option_is_taken(ckpt: Path, tmp_path: Path) -> None:
+    messages = {
+        "messages": [{"role": "user", "content": "2+2?"}],
+        "tools": [{"name": "add", "description": "adds", "parameters": {"type": "object"}}],
+    }
+    (tmp_path / "m.json").write_text(json.dumps(messages), encoding="utf-8")
+    choices = "--weights nvfp4 --activations nvfp4 --numerics exact --dtype bfloat16 --reference norm,mhc"
+    sampling = "--temperature 0.7 --top-k 50 --top-p 0.9 --min-p 0.01 --seed 3 --stop zzzz qqqq"
+    options = [*choices.split(), *sampling.split(), "--device", "cpu", "--json", "--max-context", 1200]
+    done = run(
+        "--ckpt",
+        ckpt,
+        "--messages",
+        tmp_path / "m.json",
+        "--thinking",
+        "max",
+        "--max-new-tokens",
+        4,
+        *options,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["reasoning"] is not None and len(result["ids"]) <= 4
+    assert result["config"]["reference"] == ["mhc", "norm"] and result["config"]["weights"] == "nvfp4"
+    assert "our wording" in done.stderr
+
+
+def test_raw_prompt_from_a_file(ckpt: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("ab", encoding="utf-8")
+    done = run("--ckpt", ckpt, "--prompt-file", tmp_path / "p.txt", "--raw", "--json", "--max-new-tokens", 1)
+    ids = json.loads(done.stdout)["prompt_ids"]
+    assert len(ids) == 3 and ids[0] == 0
+
+
+def test_dry_run_reads_no_weights(broken: Path) -> None:
+    for shard in broken.glob("*.safetensors"):
+        tensors = load_file(shard)
+        save_file({name: spoil(value) for name, value in tensors.items()}, shard)
+    done = run("--ckpt", broken, "--dry-run", "--max-context", 100)
+    assert done.returncode == 0, done.stderr
+    for text in ("routed experts", "nvfp4", "KV cache", "fits", "gemm.linear", "reference"):
+        assert text in done.stdout
+
+
+def spoil(value: torch.Tensor) -> torch.Tensor:
+    """NaN everywhere but in scalars, which are checked with the headers."""
+    if value.dtype in (torch.float32, torch.bfloat16) and value.dim():
+        return torch.full_like(value, torch.nan)
+    return value
+
+
+def test_interrupt_prints_what_there_is(ckpt: Path) -> None:
+    command = [*DRIVER, "--ckpt", str(ckpt), "--max-new-tokens", "900"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(1)  # generation has begun
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert rest.endswith(b"\n") and b"(interrupt)" in errors and b"Traceback" not in errors
+
+
+def damage_config(**changes: Any) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8")) | changes
+        (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+
+    return damage
+
+
+def damage_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        for shard in directory.glob("*.safetensors"):
+            tensors = load_file(shard)
+            if name in tensors:
+                changed = change(tensors.pop(name))
+                save_file(tensors if changed is None else tensors | {name: changed}, shard)
+
+    return damage
+
+
+def damage_file(name: str, content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_bytes(content((directory / name).read_bytes())) and None
+
+
+def add_tensor(directory: Path) -> None:
+    index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    save_file({"layers.9.extra": torch.ones(2)}, directory / "extra.safetensors")
+    index["weight_map"]["layers.9.extra"] = "extra.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+SHARD = "model-00001-of-00002.safetensors"
+EXPERT = "layers.2.ffn.experts.3.w1"
+DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "no checkpoint": (lambda d: (d / "config.json").unlink(), ("config.json", "not found")),
+    "config is broken JSON": (
+        damage_file("config.json", lambda b: b[:-5]),
+        ("config.json", "not valid JSON"),
+    ),
+    "another model": (damage_config(model_type="deepseek_v3"), ("deepseek_v3", "DeepSeek-V4 only")),
+    "config disagrees": (damage_config(q_lora_rank=64), ("wq_a", "[64, 64]", "[32, 64]")),
+    "config lacks a field": (damage_config(o_groups=None), ("o_groups", "missing")),
+    "truncated shard": (damage_file(SHARD, lambda b: b[:-100]), (SHARD,)),
+    "corrupt header": (damage_file(SHARD, lambda b: b[:8] + b"[" + b[9:]), (SHARD, "JSON")),
+    "header longer than the file": (
+        damage_file(SHARD, lambda b: struct.pack("<Q", 1 << 40) + b[8:]),
+        (SHARD, "header"),
+    ),
+    "missing shard": (lambda d: (d / SHARD).unlink(), (SHARD,)),
+    "broken index": (damage_file("model.safetensors.index.json", lambda b: b"{"), ("index.json", "JSON")),
+    "missing tensor": (
+        damage_tensor(f"{EXPERT}.weight_scale_2", lambda t: None),
+        (f"{EXPERT}.weight_scale_2",),
+    ),
+    "wrong shape": (damage_tensor("norm.weight", lambda t: t[1:].clone()), ("norm.weight", "[63]", "[64]")),
+    "wrong dtype": (damage_tensor("norm.weight", lambda t: t.half()), ("norm.weight", "F16")),
+    "tensor left over": (add_tensor, ("layers.9.extra",)),
+    "bad global scale": (
+        damage_tensor(f"{EXPERT}.weight_scale_2", lambda t: -t),
+        (f"{EXPERT}.weight_scale_2", "above 0"),
+    ),
+    "bad block scale": (
+        damage_tensor(f"{EXPERT}.weight_scale", lambda t: torch.full_like(t, torch.nan)),
+        (f"{EXPERT}.weight_scale", "NaN"),
+    ),
+    "weights that are no numbers": (
+        damage_tensor("head.weight", lambda t: t * torch.inf),
+        ("head.weight", "NaN"),
+    ),
+    "broken tokenizer": (damage_file("tokenizer.json", lambda b: b[: len(b) // 2]), ("tokenizer.json",)),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ("tokenizer.json", "not found")),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_with_a_sentence(case: str, broken: Path) -> None:
+    damage, expected = DAMAGE[case]
+    damage(broken)
+    refused(run("--ckpt", broken), *expected)
+
+
+def refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    assert done.returncode == 2 and done.stdout == "", (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error:" in last and all(text in last for text in expected), last
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--ckpt", "/no/such/folder"], ("/no/such/folder", "no such folder")),
+        (["--prompt", ""], ("prompt is empty",)),
+        (["--prompt", "a long prompt", "--max-context", "4"], ("too long", "max_context = 4")),
+        (["--prompt-file", "/no/such/file"], ("--prompt-file", "/no/such/file")),
+        (["--messages", "/no/such/file"], ("--messages", "/no/such/file")),
+        (["--temperature", "-1"], ("temperature", "-1")),
+        (["--top-p", "1.5"], ("top_p", "1.5")),
+        (["--max-new-tokens", "0"], ("--max-new-tokens", "found 0")),
+        (["--max-context", "5000"], ("max_context", "2048", "5000")),
+        (["--reference", "nowhere"], ("no room 'nowhere'",)),
+        (["--thinking", "maybe"], ("--thinking",)),
+    ],
+)
+def test_bad_options_are_refused_with_a_sentence(
+    ckpt: Path, options: list[str], expected: tuple[str, ...]
+) -> None:
+    refused(run("--ckpt", ckpt, *options), *expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device_is_refused(ckpt: Path) -> None:
+    refused(run("--ckpt", ckpt, "--device", "cuda"), "CUDA device", "none")
+
+
+def test_bad_files_are_refused(ckpt: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    refused(run("--ckpt", ckpt, "--prompt-file", tmp_path / "latin"), "latin", "UTF-8")
+    (tmp_path / "m.json").write_text('{"messages": 3}', encoding="utf-8")
+    refused(run("--ckpt", ckpt, "--messages", tmp_path / "m.json"), "m.json", "list of messages")
+    (tmp_path / "m.json").write_text('[{"role": "judge", "content": "x"}]', encoding="utf-8")
+    refused(run("--ckpt", ckpt, "--messages", tmp_path / "m.json"), "judge")
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    small = write_with_tokenizer(tmp_path, "bf16", tiny_config_dict(vocab_size=128))
+    refused(run("--ckpt", small, "--prompt", "\u00ff"), "token id", "expected 0 to 127")
+
+
+def test_memory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dsv4.loading.synthetic", "--preset", "pro", "--format", "deepseek"]
+    subprocess.run([*command, "--headers-only", "--out", str(tmp_path / "pro")], check=True, cwd=ROOT)
+    refused(run("--ckpt", tmp_path / "pro"), "memory", "GB free")
