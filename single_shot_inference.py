@@ -5,22 +5,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 import dsv4
 from dsv4.chat import PromptTexts, encode_chat, parse_completion
 from dsv4.config import ModelConfig
 from dsv4.device import DEVICES, resolve_device
-from dsv4.engine import Progress, default_dtype
+from dsv4.engine import default_dtype
 from dsv4.loading.checkpoint import Checkpoint
 from dsv4.numerics import ACTIVATIONS, DTYPES, NUMERICS, WEIGHTS, Numerics
 from dsv4.ops.dispatch import expand_rooms, use_reference
 from dsv4.plan import CACHE_DEQUANTISED_MB, format_plan, make_plan
+from dsv4.progress import progress_bar
 from dsv4.prompt_files import read_messages, read_text
 from dsv4.tokenizer import BOS, Tokenizer
 
@@ -154,20 +151,6 @@ def summary(generation: dsv4.Generation) -> str:
         f"{t.prompt_tokens} prompt + {t.new_tokens} new tokens ({generation.finish}) | first token "
         f"{t.ttft_s:.2f} s | prefill {t.prefill_tps:.1f} tok/s | decode {t.decode_tps:.1f} tok/s"
     )
-
-
-@contextmanager
-def progress_bar(title: str, unit: str) -> Iterator[Progress]:
-    """A bar on stderr, if that is a terminal; it disappears when the work is done."""
-    with tqdm(desc=title, unit=unit, unit_scale=True, leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
-
-        yield show
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

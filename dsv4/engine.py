@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,12 @@ from dsv4.numerics import Numerics
 from dsv4.ops.dispatch import expand_rooms, use_reference
 from dsv4.ops.sampling import sample_token
 from dsv4.plan import CACHE_DEQUANTISED_MB, make_plan
+from dsv4.progress import Progress
 from dsv4.sampling import Sampling
 from dsv4.tokenizer import TextStream, Tokenizer
 
 PREFILL_CHUNK = 512
 DEFAULT_MAX_CONTEXT = 8192
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total): bytes while loading, tokens while prefilling."""
 
 
 @dataclass

@@ -4,25 +4,15 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoints import tiny_config_dict, write_with_tokenizer
+from driver import DRIVER, ROOT, refused, run
 from safetensors.torch import load_file, save_file
-
-ROOT = Path(__file__).resolve().parent.parent
-DRIVER = [sys.executable, str(ROOT / "single_shot_inference.py")]
-
-
-def run(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [*DRIVER, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -127,93 +117,6 @@ def test_interrupt_prints_what_there_is(ckpt: Path) -> None:
         rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert rest.endswith(b"\n") and b"(interrupt)" in errors and b"Traceback" not in errors
-
-
-def damage_config(**changes: Any) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8")) | changes
-        (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-
-    return damage
-
-
-def damage_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
-    def damage(directory: Path) -> None:
-        for shard in directory.glob("*.safetensors"):
-            tensors = load_file(shard)
-            if name in tensors:
-                changed = change(tensors.pop(name))
-                save_file(tensors if changed is None else tensors | {name: changed}, shard)
-
-    return damage
-
-
-def damage_file(name: str, content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda directory: (directory / name).write_bytes(content((directory / name).read_bytes())) and None
-
-
-def add_tensor(directory: Path) -> None:
-    index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    save_file({"layers.9.extra": torch.ones(2)}, directory / "extra.safetensors")
-    index["weight_map"]["layers.9.extra"] = "extra.safetensors"
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-
-
-SHARD = "model-00001-of-00002.safetensors"
-EXPERT = "layers.2.ffn.experts.3.w1"
-DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "no checkpoint": (lambda d: (d / "config.json").unlink(), ("config.json", "not found")),
-    "config is broken JSON": (
-        damage_file("config.json", lambda b: b[:-5]),
-        ("config.json", "not valid JSON"),
-    ),
-    "another model": (damage_config(model_type="deepseek_v3"), ("deepseek_v3", "DeepSeek-V4 only")),
-    "config disagrees": (damage_config(q_lora_rank=64), ("wq_a", "[64, 64]", "[32, 64]")),
-    "config lacks a field": (damage_config(o_groups=None), ("o_groups", "missing")),
-    "truncated shard": (damage_file(SHARD, lambda b: b[:-100]), (SHARD,)),
-    "corrupt header": (damage_file(SHARD, lambda b: b[:8] + b"[" + b[9:]), (SHARD, "JSON")),
-    "header longer than the file": (
-        damage_file(SHARD, lambda b: struct.pack("<Q", 1 << 40) + b[8:]),
-        (SHARD, "header"),
-    ),
-    "missing shard": (lambda d: (d / SHARD).unlink(), (SHARD,)),
-    "broken index": (damage_file("model.safetensors.index.json", lambda b: b"{"), ("index.json", "JSON")),
-    "missing tensor": (
-        damage_tensor(f"{EXPERT}.weight_scale_2", lambda t: None),
-        (f"{EXPERT}.weight_scale_2",),
-    ),
-    "wrong shape": (damage_tensor("norm.weight", lambda t: t[1:].clone()), ("norm.weight", "[63]", "[64]")),
-    "wrong dtype": (damage_tensor("norm.weight", lambda t: t.half()), ("norm.weight", "F16")),
-    "tensor left over": (add_tensor, ("layers.9.extra",)),
-    "bad global scale": (
-        damage_tensor(f"{EXPERT}.weight_scale_2", lambda t: -t),
-        (f"{EXPERT}.weight_scale_2", "above 0"),
-    ),
-    "bad block scale": (
-        damage_tensor(f"{EXPERT}.weight_scale", lambda t: torch.full_like(t, torch.nan)),
-        (f"{EXPERT}.weight_scale", "NaN"),
-    ),
-    "weights that are no numbers": (
-        damage_tensor("head.weight", lambda t: t * torch.inf),
-        ("head.weight", "NaN"),
-    ),
-    "broken tokenizer": (damage_file("tokenizer.json", lambda b: b[: len(b) // 2]), ("tokenizer.json",)),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ("tokenizer.json", "not found")),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_with_a_sentence(case: str, broken: Path) -> None:
-    damage, expected = DAMAGE[case]
-    damage(broken)
-    refused(run("--ckpt", broken), *expected)
-
-
-def refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
-    assert done.returncode == 2 and done.stdout == "", (done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert "error:" in last and all(text in last for text in expected), last
 
 
 @pytest.mark.parametrize(

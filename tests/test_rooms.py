@@ -189,15 +189,17 @@ def test_dispatch_by_device_and_room(probe: Callable[..., str]) -> None:
 
 
 def test_use_reference_nests_and_restores(probe: Callable[..., str]) -> None:
+    """Inner blocks add to outer ones; each leaves what was there before, also by an exception."""
     cuda = torch.zeros(1).as_subclass(OnCuda)
     with use_reference("mhc"):
         with use_reference("probe"), use_reference():
             assert probe(cuda) == "reference"
         assert probe(cuda) == "kernel"
-        with pytest.raises(RuntimeError), use_reference("all"):
+    with use_reference("probe"):
+        with pytest.raises(RuntimeError), use_reference("mhc"):
             assert probe(cuda) == "reference"
             raise RuntimeError
-        assert probe(cuda) == "kernel"
+        assert probe(cuda) == "reference"
     assert probe(cuda) == "kernel"
 
 

@@ -1,7 +1,5 @@
 """From a checked checkpoint to a model, one layer at a time."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from dsv4.loading.requantize import requantize
 from dsv4.model import Transformer
 from dsv4.numerics import Numerics
 from dsv4.ops.formats import MatrixCache, Plain, Weight
+from dsv4.progress import Progress
 
 
 def assemble(
@@ -22,7 +21,7 @@ def assemble(
     device: torch.device,
     *,
     cache_dequantised_mb: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Transformer:
     """Read every slot once and build the model on ``device``.
 

@@ -54,10 +54,8 @@ class RandomValues:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        words = random.Random(f"dsv4 synthetic {seed}").randbytes(2 * _PERIOD)
-        self._words = torch.frombuffer(
-            bytearray(words), dtype=torch.uint16
-        ).int()  # [_PERIOD], all of 0.._WORDS
+        content = bytearray(random.Random(f"dsv4 synthetic {seed}").randbytes(2 * _PERIOD))
+        self._words = torch.frombuffer(content, dtype=torch.uint16).int()  # [_PERIOD], below _WORDS
         self._pools: dict[Spread, Tensor] = {}
 
     def linear(self, slot: Slot, layout: Layout, part: Part, dtype: str, count: int) -> Iterator[Tensor]:

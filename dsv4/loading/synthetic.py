@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import tokenizers
 from tokenizers import AddedToken
-from tqdm import tqdm
 
 from dsv4.chat import ASSISTANT, DSML, END_THINK, REMINDER, THINK, USER
 from dsv4.config import CSA_RATIO, WINDOW_ONLY, ModelConfig
@@ -27,11 +26,11 @@ from dsv4.loading.random_values import RandomValues
 from dsv4.loading.writer import (
     DEFAULT_SHARD_GB,
     Entry,
-    Progress,
     expected_parts,
     find_layout,
     write_checkpoint,
 )
+from dsv4.progress import Progress, progress_bar
 from dsv4.tokenizer import BOS, EOS, PAD
 
 NAMES = ("deepseek", "transformers")
@@ -305,12 +304,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    with tqdm(desc="write", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("write", "B") as progress:
         write_synthetic(
             args.out,
             preset(args.preset, args.layers),
@@ -319,7 +313,7 @@ def main(args: argparse.Namespace) -> None:
             seed=args.seed,
             shard_gb=args.shard_gb,
             headers_only=args.headers_only,
-            progress=show,
+            progress=progress,
         )
 
 

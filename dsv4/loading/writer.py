@@ -21,12 +21,10 @@ from torch import Tensor
 from dsv4.loading.formats import LAYOUTS, Layout
 from dsv4.loading.headers import DTYPE_BYTES, INDEX_FILE
 from dsv4.loading.mapping import Slot
+from dsv4.progress import Progress
 
 GB = 1e9
 DEFAULT_SHARD_GB = 5.0
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) bytes of tensor data."""
 
 _DTYPE_NAMES = {
     torch.float32: "F32",

@@ -4,6 +4,8 @@ Every step is one fp32 operation in the order of docs/model.md 2.13 and 4.2, so 
 agree with it bit for bit.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,10 +80,29 @@ def quantize_fp8(x: Tensor, *, block: int = FP8_BLOCK) -> tuple[Tensor, Tensor]:
     return codes.flatten(-2)[..., :k].contiguous(), exponent.view(torch.float8_e8m0fnu)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """Forward the rounded values, backward the gradient as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, with the gradient of ``x``: models are trained with their roundings."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return rounded
+    return _StraightThrough.apply(x, rounded.detach())
+
+
 def round_fp8(x: Tensor, *, block: int = FP8_BLOCK) -> Tensor:
-    codes, exponent = quantize_fp8(x, block=block)
+    codes, exponent = quantize_fp8(x.detach(), block=block)
     scale = e8m0_to_float(exponent).repeat_interleave(block, dim=-1)[..., : x.shape[-1]]
-    return (codes.float() * scale).to(x.dtype)
+    return _straight_through(x, (codes.float() * scale).to(x.dtype))
 
 
 def round_kv(kv: Tensor, *, rope_dim: int, block: int = 64) -> Tensor:
@@ -102,9 +123,11 @@ def rotate_hadamard(x: Tensor) -> Tensor:
 
 
 def round_index(x: Tensor) -> Tensor:
-    values, exponent = _scale_mxfp4(rotate_hadamard(x))
+    rotated = rotate_hadamard(x)
+    values, exponent = _scale_mxfp4(rotated.detach())
     rounded = unpack_e2m1(pack_e2m1(values.flatten(-2))).unflatten(-1, (-1, MXFP4_BLOCK))
-    return (rounded * e8m0_to_float(exponent).unsqueeze(-1)).flatten(-2).to(x.dtype)
+    rounded = (rounded * e8m0_to_float(exponent).unsqueeze(-1)).flatten(-2).to(x.dtype)
+    return _straight_through(rotated, rounded)
 
 
 def _scale_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:

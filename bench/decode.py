@@ -1,0 +1,91 @@
+"""Decode and prefill speed of one checkpoint: ``python -m bench.decode [--ckpt DIR] [--out JSON]``.
+
+Generates greedily several times after a warm-up and reports the median. Prints the row of the README's
+table and writes one JSON with the machine, the versions and every run.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+
+import dsv4
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(ckpt: str, *, device: str, prompt_tokens: int, new_tokens: int, runs: int) -> dict[str, object]:
+    """One row: medians over ``runs`` generations after one warm-up, and the runs themselves."""
+    engine = dsv4.load(ckpt, device=device, max_context=prompt_tokens + new_tokens)
+    prompt = [engine.config.bos_id] + [5 + i % 200 for i in range(prompt_tokens - 1)]
+    decode, prefill = [], []
+    for run in range(runs + 1):
+        generation = engine.generate(prompt, new_tokens)
+        list(generation)
+        if run and generation.finish == "length":
+            decode.append(generation.timings.decode_tps)
+            prefill.append(generation.timings.prefill_tps)
+    if not decode:
+        raise ValueError(f"{ckpt}: every generation ended before {new_tokens} tokens; nothing to measure")
+    return {
+        "case": f"{Path(ckpt).resolve().name}, {prompt_tokens} + {new_tokens} tokens",
+        "config": engine.describe(),
+        "decode_tps": statistics.median(decode),
+        "prefill_tps": statistics.median(prefill),
+        "decode_runs": decode,
+        "prefill_runs": prefill,
+    }
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the numbers belong to."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout != ""
+    facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.split(":")[1].strip() for line in facts if line.startswith("model name")]
+    models.append(platform.machine())
+    name = torch.cuda.get_device_name() if device == "cuda" else models[0]
+    return {
+        "schema": 1,
+        "bench": "decode",
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", default=str(ROOT / "models" / "tiny"), metavar="DIR")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "decode-cpu.json"), metavar="JSON")
+    args = parser.parse_args()
+    row = measure(
+        args.ckpt,
+        device=args.device,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        runs=args.runs,
+    )
+    result = machine(args.device) | {"rows": [row]}
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"| {row['case']} | {result['threads']} x {result['device']} | {row['prefill_tps']:.0f} | "
+        f"{row['decode_tps']:.1f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
