@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "decode-cpu.json"), metavar="JSON")
     args = parser.parse_args()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     row = measure(
         args.ckpt,
         device=args.device,
