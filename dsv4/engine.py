@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4.config import ModelConfig
+from dsv4.config import CSA_RATIO, ModelConfig
 from dsv4.device import resolve_device
 from dsv4.loading.assemble import assemble
 from dsv4.loading.checkpoint import Checkpoint
@@ -311,6 +311,8 @@ def load(
     place = resolve_device(device)
     choices = Numerics(weights, activations, numerics, dtype or default_dtype(place))
     config = ModelConfig.from_checkpoint(ckpt)
+    if choices.trained:
+        _require_index_blocks(config)
     expand_rooms(reference)
     checkpoint = Checkpoint.open(ckpt, config, mtp=mtp)
     plan = make_plan(checkpoint, choices, place, max_context, cache_dequantised_mb)
@@ -333,3 +335,12 @@ def load(
 def default_dtype(device: torch.device) -> str:
     """The dtype of activations where the user names none."""
     return "float32" if device.type == "cpu" else "bfloat16"
+
+
+def _require_index_blocks(config: ModelConfig) -> None:
+    """The indexer's Hadamard rotation and FP4 blocks of 32 fit powers of two only (docs/model.md 2.13)."""
+    width = config.index_head_dim
+    if CSA_RATIO in config.compress_ratios and (width < 32 or width & (width - 1)):
+        raise ValueError(
+            f"index_head_dim: expected a power of two of at least 32 for numerics 'trained', found {width}"
+        )

@@ -113,7 +113,7 @@ def test_bad_ids_are_refused(engine: dsv4.Engine, ids: list[int], message: str) 
             call(ids)
 
 
-def test_bad_choices_are_refused(ckpt: Path, engine: dsv4.Engine) -> None:
+def test_bad_choices_are_refused(ckpt: Path, engine: dsv4.Engine, tmp_path: Path) -> None:
     for field, value in (("weights", "int8"), ("activations", "fp16"), ("numerics", "x"), ("dtype", "f64")):
         with pytest.raises(ValueError, match=f"{field}: expected one of"):
             dsv4.load(ckpt, **{field: value})
@@ -121,6 +121,8 @@ def test_bad_choices_are_refused(ckpt: Path, engine: dsv4.Engine) -> None:
         dsv4.load(ckpt, reference=("rooter",))
     with pytest.raises(ValueError, match="max_context: expected 1 to 1024"):
         dsv4.load(ckpt, max_context=1025)
+    with pytest.raises(ValueError, match="index_head_dim: expected a power of two of at least 32"):
+        dsv4.load(write_with_tokenizer(tmp_path, raw=RAW | {"index_head_dim": 48}), max_context=80)
     with pytest.raises(ValueError, match="mtp=True"):
         dsv4.load(ckpt, max_context=80).draft_logits(IDS)
     with pytest.raises(ValueError, match="chunk"):

@@ -24,7 +24,7 @@ CALIBRATION_TOKENS = 16384
 
 
 def train_tokenizer(text: str, vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of at most ``vocab_size`` entries: BOS, EOS, pad, bytes, merges, V4's special tokens."""
+    """A byte-level BPE of ``vocab_size`` entries at most: three specials, bytes, merges, V4's tokens."""
     special = make_tokenizer(1024).get_added_tokens_decoder()
     later = [special[i] for i in sorted(special) if special[i].content not in (BOS, EOS, PAD)]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -42,8 +42,10 @@ def train_tokenizer(text: str, vocab_size: int) -> tokenizers.Tokenizer:
     return backend
 
 
-def encode_text(backend: tokenizers.Tokenizer, text: str, *, variants: int = 1, dropout: float = 0.0) -> Tensor:
-    """The text's ids; ``variants`` times, all but the first with merges left out at random (BPE dropout)."""
+def encode_text(
+    backend: tokenizers.Tokenizer, text: str, *, variants: int = 1, dropout: float = 0.0
+) -> Tensor:
+    """The text's ids; ``variants`` times, all but the first with merges left out at random."""
     pieces = [backend.encode(text, add_special_tokens=False).ids]
     if dropout:
         backend.model.dropout = dropout
@@ -106,9 +108,7 @@ def export(
     write_checkpoint(directory, entries, config=stated, tokenizer=tokenizer)
 
 
-def _expert_scales(
-    name: str, slots: Mapping[str, Tensor], amax: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _expert_scales(name: str, slots: Mapping[str, Tensor], amax: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Global and input scale of a routed expert's matrix; w1 and w3 share theirs."""
     prefix, expert, matrix = name.rpartition("experts.")[0] + "experts.", *name.split(".")[-2:]
     names = [name] if matrix == "w2" else [f"{prefix}{expert}.{w}" for w in ("w1", "w3")]

@@ -20,7 +20,7 @@ GRAPH_WARM_UP = 3
 
 
 def losses(tiny: TinyModel, inputs: Tensor, targets: Tensor, caches: tuple[Any, Any]) -> dict[str, Tensor]:
-    """Mean nats of the next token and of the drafted one, and the indexers' divergence: inputs, targets [T]."""
+    """Mean nats of next and drafted tokens, and the indexers' divergence: inputs, targets [T]."""
     cache, draft_cache = caches
     cache.reset()
     draft_cache.reset()
@@ -200,18 +200,26 @@ class Evaluator:
         self.graph: Any = None
 
     def _run(self, model: Transformer, text: Tensor) -> Tensor:
-        if not self.trainer.use_graphs:
+        if self.graph is None and self.trainer.use_graphs:
+            self._capture(model)
+        if self.graph is None or not self.trainer.use_graphs:
             return token_nats(model, text)
         self.text.copy_(text)
-        if self.graph is None:
-            token_nats(model, self.text)
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.nats = token_nats(model, self.text)
         self.graph.replay()
         assert self.nats is not None
         return self.nats
+
+    def _capture(self, model: Transformer) -> None:
+        token_nats(model, self.text)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.nats = token_nats(model, self.text)
+            self.graph = graph
+        except RuntimeError as error:
+            print(f"no CUDA graph for the evaluation: {str(error).splitlines()[0]}", flush=True)
+            torch.cuda.synchronize()
 
     def __call__(self) -> float:
         tiny = self.trainer.tiny
