@@ -2,5 +2,6 @@
 
 from dsv4.engine import Engine, Generation, load
 from dsv4.sampling import Sampling
+from dsv4.tokenizer import Tokenizer
 
-__all__ = ["Engine", "Generation", "Sampling", "load"]
+__all__ = ["Engine", "Generation", "Sampling", "Tokenizer", "load"]

@@ -12,7 +12,7 @@ from dsv4.model import Transformer
 from tools.tiny_model import TinyModel
 
 MTP_WEIGHT = 0.3
-BALANCE_STEP = 1e-3
+BALANCE_STEP = 3e-3
 EMA_DECAY = 0.999
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
