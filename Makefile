@@ -3,10 +3,10 @@
 PYTHON ?= python3
 ENV = $(PYTHON) tools/make_env.py
 
-.PHONY: demo test lint env clean
+.PHONY: demo test lint quality env clean
 
 demo:
-	python=$$($(ENV)) && "$$python" single_shot_inference.py
+	python=$$($(ENV)) && "$$python" single_shot_inference.py --temperature 0.7
 
 # The tests run one thread each; where pytest-xdist is installed, two processes use the second core.
 test:
@@ -14,6 +14,9 @@ test:
 
 lint:
 	python=$$($(ENV) ruff) && "$$python" -m ruff check .
+
+quality:
+	python=$$($(ENV)) && "$$python" tools/quality.py
 
 env:
 	$(ENV) pytest transformers ruff

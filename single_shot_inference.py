@@ -22,7 +22,7 @@ from dsv4.prompt_files import read_messages, read_text
 from dsv4.tokenizer import BOS, Tokenizer
 
 TINY = Path(__file__).resolve().parent / "models" / "tiny"
-DEFAULT_PROMPT = "Good morrow, cousin. What news from the court?"
+DEMO_PROMPT = "ROMEO:"
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
 
 
@@ -57,12 +57,14 @@ def read_prompt(args: argparse.Namespace) -> str:
             raise ValueError("--messages: expected alone, found together with --raw or --system")
         messages, tools = read_messages(args.messages)
     else:
-        text = args.prompt
+        text, raw = args.prompt, args.raw
         if args.prompt_file is not None:
             text = read_text(args.prompt_file, "--prompt-file")
+        if text is None and args.ckpt == str(TINY):  # the demonstration: that model knows plain text only
+            text, raw = DEMO_PROMPT, True
         if not text:
-            raise ValueError("the prompt is empty: expected some text, found none")
-        if args.raw:
+            raise ValueError("the prompt is empty: expected text in --prompt or a file, found none")
+        if raw:
             return text if text.startswith(BOS) else BOS + text
         if args.system is not None:
             messages.append({"role": "system", "content": args.system})
@@ -157,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", default=str(TINY), metavar="DIR", help="checkpoint folder (default: tiny)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT")
+    source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text")
     source.add_argument("--messages", metavar="FILE", help="JSON: messages, or {messages, tools}")
     parser.add_argument("--system", metavar="TEXT")

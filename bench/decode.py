@@ -44,9 +44,7 @@ def measure(ckpt: str, *, device: str, prompt_tokens: int, new_tokens: int, runs
 
 def machine(device: str) -> dict[str, object]:
     """What the numbers belong to."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout != ""
+    head, changes = _git("rev-parse", "--verify", "--quiet", "HEAD"), _git("status", "--porcelain")
     facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.split(":")[1].strip() for line in facts if line.startswith("model name")]
     models.append(platform.machine())
@@ -57,10 +55,15 @@ def machine(device: str) -> dict[str, object]:
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit,
-        "dirty": dirty,
+        "commit": head or "unknown",
+        "dirty": changes != "",
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def spoil(value: torch.Tensor) -> torch.Tensor:
 
 
 def test_interrupt_prints_what_there_is(ckpt: Path) -> None:
-    command = [*DRIVER, "--ckpt", str(ckpt), "--max-new-tokens", "900"]
+    command = [*DRIVER, "--ckpt", str(ckpt), "--prompt", "Hello", "--max-new-tokens", "900"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
@@ -124,14 +124,15 @@ def test_interrupt_prints_what_there_is(ckpt: Path) -> None:
     [
         (["--ckpt", "/no/such/folder"], ("/no/such/folder", "no such folder")),
         (["--prompt", ""], ("prompt is empty",)),
+        ([], ("prompt is empty",)),
         (["--prompt", "a long prompt", "--max-context", "4"], ("too long", "max_context = 4")),
         (["--prompt-file", "/no/such/file"], ("--prompt-file", "/no/such/file")),
         (["--messages", "/no/such/file"], ("--messages", "/no/such/file")),
         (["--temperature", "-1"], ("temperature", "-1")),
         (["--top-p", "1.5"], ("top_p", "1.5")),
         (["--max-new-tokens", "0"], ("--max-new-tokens", "found 0")),
-        (["--max-context", "5000"], ("max_context", "2048", "5000")),
-        (["--reference", "nowhere"], ("no room 'nowhere'",)),
+        (["--prompt", "x", "--max-context", "5000"], ("max_context", "2048", "5000")),
+        (["--prompt", "x", "--reference", "nowhere"], ("no room 'nowhere'",)),
         (["--thinking", "maybe"], ("--thinking",)),
     ],
 )
@@ -143,7 +144,7 @@ def test_bad_options_are_refused_with_a_sentence(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_without_a_device_is_refused(ckpt: Path) -> None:
-    refused(run("--ckpt", ckpt, "--device", "cuda"), "CUDA device", "none")
+    refused(run("--ckpt", ckpt, "--prompt", "x", "--device", "cuda"), "CUDA device", "none")
 
 
 def test_bad_files_are_refused(ckpt: Path, tmp_path: Path) -> None:
@@ -163,4 +164,4 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
 def test_memory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dsv4.loading.synthetic", "--preset", "pro", "--format", "deepseek"]
     subprocess.run([*command, "--headers-only", "--out", str(tmp_path / "pro")], check=True, cwd=ROOT)
-    refused(run("--ckpt", tmp_path / "pro"), "memory", "GB free")
+    refused(run("--ckpt", tmp_path / "pro", "--prompt", "x"), "memory", "GB free")

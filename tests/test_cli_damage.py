@@ -102,4 +102,4 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 def test_a_damaged_checkpoint_is_refused_with_a_sentence(case: str, broken: Path) -> None:
     damage, expected = DAMAGE[case]
     damage(broken)
-    refused(run("--ckpt", broken), *expected)
+    refused(run("--ckpt", broken, "--prompt", "Hello"), *expected)
