@@ -1,7 +1,6 @@
 """The driver as a user runs it: a process with arguments, its output, its exit code."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import tiny_config_dict, write_with_tokenizer
-from driver import DRIVER, ROOT, refused, run
+from driver import DRIVER, ENVIRONMENT, ROOT, refused, run
 from safetensors.torch import load_file, save_file
 
 
@@ -107,7 +106,7 @@ def spoil(value: torch.Tensor) -> torch.Tensor:
 
 def test_interrupt_prints_what_there_is(ckpt: Path) -> None:
     command = [*DRIVER, "--ckpt", str(ckpt), "--prompt", "Hello", "--max-new-tokens", "900"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:

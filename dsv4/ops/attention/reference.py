@@ -20,10 +20,12 @@ def attend(
     if tokens == 0:
         return torch.empty_like(q)
     before = window_kv.shape[0] - tokens  # window rows older than the first query
-    entries = 0
-    if compressed is not None:
-        entries = compressed.shape[0] if selected is None else selected.shape[1] * (1 + width // heads)
-    rows = max(1, BLOCK_ELEMENTS // max(heads * (window + entries), 1))
+    cost = heads * window  # elements that one query needs: its scores, and the keys gathered for it
+    if selected is not None:
+        cost += selected.shape[1] * (heads + width)
+    elif compressed is not None:
+        cost += heads * compressed.shape[0]
+    rows = max(1, BLOCK_ELEMENTS // max(1, cost))
     outputs = []
     for first in range(0, tokens, rows):
         last = min(first + rows, tokens)
