@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ENV = $(PYTHON) tools/make_env.py
 
-.PHONY: demo test lint quality env clean
+.PHONY: demo test lint check-kernels gpu-test gpu-sanitize bench quality env clean
 
 demo:
 	python=$$($(ENV)) && "$$python" single_shot_inference.py --temperature 0.7
@@ -14,6 +14,25 @@ test:
 
 lint:
 	python=$$($(ENV) ruff) && "$$python" -m ruff check .
+
+# Compiles every kernel for Hopper and Blackwell and disassembles them. Needs nvcc 13 and no GPU.
+DISASSEMBLER = $$(command -v cuobjdump >/dev/null || echo nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
+check-kernels:
+	python=$$($(ENV) $(DISASSEMBLER)) && "$$python" -m dsv4.build --arch 90a,100a --check-sass
+
+# On a machine with a GPU and a library for it (python -m dsv4.build). ROOM=norm: that room only.
+GPU_TESTS = tests/gpu$(if $(ROOM),/test_$(ROOM)*.py) -m gpu
+gpu-test:
+	python=$$($(ENV) pytest) && "$$python" -m pytest $(GPU_TESTS) --gpu-record
+
+# Every tensor gets an allocation of its own, so that reading past its end is seen.
+SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dsv4 --error-exitcode 1
+gpu-sanitize:
+	python=$$($(ENV) pytest) && $(SANITIZER) --tool memcheck "$$python" -m pytest $(GPU_TESTS) --small
+	python=$$($(ENV) pytest) && $(SANITIZER) --tool racecheck "$$python" -m pytest $(GPU_TESTS) --small
+
+bench:
+	python=$$($(ENV)) && "$$python" -m bench.ops $(if $(ROOM),--room $(ROOM)) && "$$python" -m bench.tables
 
 quality:
 	python=$$($(ENV)) && "$$python" tools/quality.py

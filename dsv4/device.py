@@ -21,6 +21,22 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def cuda_arch() -> str:
+    """The architecture of the current GPU as nvcc names it, "90a" for an H200.
+
+    Raises ``ValueError`` for one that the kernels are not written for.
+    """
+    known = {(9, 0): "90a", (10, 0): "100a", (10, 3): "103a", (12, 0): "120a"}
+    found = torch.cuda.get_device_capability()
+    if found not in known:
+        wanted = ", ".join(f"{major}.{minor}" for major, minor in known)
+        raise ValueError(
+            f"device: expected a GPU of compute capability {wanted}, found {torch.cuda.get_device_name()} "
+            f"of {found[0]}.{found[1]}; use --device cpu or --reference all"
+        )
+    return known[found]
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that a new model may take on ``device``, in bytes."""
     if device.type == "cuda":

@@ -16,6 +16,7 @@ import torch
 
 REGISTRY: dict[str, "Op"] = {}
 _forced: frozenset[str] = frozenset()
+_listener: Callable[["Op", Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,23 @@ def op(reference: Callable[..., Any], *, kernel: bool = False) -> Callable[[Call
 
         @functools.wraps(door)
         def dispatch(*args: Any, **kwargs: Any) -> Any:
-            if kernel and room not in _forced and _on_cuda((*args, *kwargs.values())):
-                return door(*args, **kwargs)
-            return reference(*args, **kwargs)
+            values = (*args, *kwargs.values())
+            run = door if kernel and room not in _forced and _on_cuda(values) else reference
+            assert run is reference or not _needs_grad(values), (
+                f"{room}.{door.__name__}: kernels have no gradients; train inside use_reference('all')"
+            )
+            outputs = run(*args, **kwargs)
+            if _listener is not None:
+                _listener(entry, outputs)
+            return outputs
 
         return dispatch
 
     return decorate
+
+
+def _needs_grad(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 def _on_cuda(args: tuple[Any, ...]) -> bool:
@@ -78,6 +89,17 @@ def use_reference(*names: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+@contextmanager
+def listen(listener: Callable[[Op, Any], None]) -> Iterator[None]:
+    """Call ``listener(op, outputs)`` after every operation in the ``with`` block, in order; for bisection."""
+    global _listener
+    previous, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = previous
 
 
 def expand_rooms(names: Iterable[str]) -> frozenset[str]:
