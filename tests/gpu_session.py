@@ -1,0 +1,124 @@
+"""What a test session does about GPUs: three counts at its end, `--small`, and the record of `--gpu-record`.
+
+`--small` keeps the tests of tests/gpu that compute-sanitizer can run in minutes: sizes of the tiny model, at
+most 7 tokens, nothing marked `large`. `--gpu-record` writes tests/gpu_record.json (see gpu_record.py).
+"""
+
+import importlib
+import pkgutil
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from gpu_record import ROOT, find_tests, room_key, room_of, write_record
+from shapes import TINY, Sizes
+
+import dsv4.ops
+from dsv4.ops.dispatch import REGISTRY
+
+SMALL_TOKENS = 7
+WORST_LAST = ("passed", "skipped", "failed")
+
+
+def is_large(item: pytest.Item) -> bool:
+    """Whether `--small` leaves a test out."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    tokens = params.get("tokens")
+    return (
+        item.get_closest_marker("large") is not None
+        or any(isinstance(value, Sizes) and value != TINY for value in params.values())
+        or (isinstance(tokens, int) and tokens > SMALL_TOKENS)
+    )
+
+
+def room_results(outcomes: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Test (by its node id) -> outcome, as room -> test function -> "2 failed, 5 passed"."""
+    counts: dict[str, dict[str, Counter[str]]] = {}
+    for node, outcome in outcomes.items():
+        file, _, name = node.partition("::")
+        functions = counts.setdefault(room_of(file), {})
+        functions.setdefault(name.partition("[")[0], Counter())[outcome] += 1
+    return {
+        room: {
+            name: ", ".join(f"{count} {outcome}" for outcome, count in sorted(counter.items()))
+            for name, counter in functions.items()
+        }
+        for room, functions in counts.items()
+    }
+
+
+class GpuSession:
+    """The plugin; tests/conftest.py registers it and its options."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.small: bool = config.getoption("--small")
+        self.record: bool = config.getoption("--gpu-record")
+        self.outcomes: dict[str, str] = {}  # of every test, by its node id
+        self.gpu_tests: set[str] = set()  # those that need a GPU
+        self.seconds: Counter[str] = Counter()  # by room
+        self.keys: dict[str, str] = {}  # of the rooms that this session tests
+        self.partial: set[str] = set()  # those of which it leaves tests out
+        if self.record and not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu-record: expected a CUDA device to test, found none")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if self.small:
+            large = [item for item in items if item.get_closest_marker("gpu") and is_large(item)]
+            config.hook.pytest_deselected(items=large)
+            items[:] = [item for item in items if item not in set(large)]
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.partial.update(room_of(item.path.name) for item in items if item.get_closest_marker("gpu"))
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """The sources as they are before the tests run."""
+        if not self.record:
+            return
+        files = {item.path for item in session.items if item.get_closest_marker("gpu")}
+        self.keys = {room: room_key(room, ROOT) for room in {room_of(path.name) for path in files}}
+        some_tests = any("::" in argument for argument in session.config.args)
+        for room in self.keys:
+            if some_tests or not files.issuperset(find_tests(ROOT)[room]):
+                self.partial.add(room)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Of set-up, call and tear-down, the worst outcome is the test's."""
+        before = self.outcomes.get(report.nodeid, "passed")
+        self.outcomes[report.nodeid] = max(before, report.outcome, key=WORST_LAST.index)
+        if "gpu" in report.keywords:
+            self.gpu_tests.add(report.nodeid)
+            self.seconds[room_of(report.nodeid.partition("::")[0])] += report.duration
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Write the rooms that ran from beginning to end, failures included."""
+        if not self.record or exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return
+        from bench.harness import gpu_facts, provenance  # only here: tests need no benchmark
+
+        facts = gpu_facts() | provenance()
+        if facts.pop("dirty"):
+            facts["commit"] += " and changes"
+        run = {name: facts[name] for name in ("gpu", "date", "commit")}
+        rooms = {
+            room: {"key": self.keys[room], **run, "duration_s": round(self.seconds[room], 1), "tests": tests}
+            for room, tests in room_results({node: self.outcomes[node] for node in self.gpu_tests}).items()
+            if room not in self.partial
+        }
+        write_record(ROOT, facts, rooms)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        skipped = {node for node, outcome in self.outcomes.items() if outcome == "skipped"}
+        here = torch.cuda.is_available()
+        for info in pkgutil.iter_modules(dsv4.ops.__path__, "dsv4.ops."):
+            importlib.import_module(info.name)
+        kernels = 0 if here else sum(entry.has_kernel for entry in REGISTRY.values())
+        waiting = 0 if here else len(skipped & self.gpu_tests)
+        terminalreporter.write_line(
+            f"executed: {len(self.outcomes) - len(skipped)} tests; compiled only: the kernels of {kernels} "
+            f"operations; needs a GPU: {waiting} tests"
+        )
+        if self.record and self.partial:
+            rooms = ", ".join(sorted(self.partial))
+            terminalreporter.write_line(f"not recorded, because tests were left out: {rooms}")
