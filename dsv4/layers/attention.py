@@ -14,7 +14,7 @@ from dsv4.ops.attention import attend
 from dsv4.ops.gemm import grouped_linear, linear
 from dsv4.ops.norm import rms_norm
 from dsv4.ops.quant import round_kv
-from dsv4.ops.rope import apply_rope
+from dsv4.ops.rope import apply_rope, rms_norm_rope
 
 
 class Attention:
@@ -46,9 +46,9 @@ class Attention:
         eps, heads = self.config.norm_eps, self.config.num_heads
         qa = rms_norm(linear(u, self.wq_a, activations=self.activations), self.q_norm, eps=eps)  # [T, q_lora]
         q = linear(qa, self.wq_b, activations=self.activations).unflatten(-1, (heads, -1))  # [T, H, Dh]
-        q = apply_rope(rms_norm(q, None, eps=eps), positions, self.inv_freq)
-        kv = rms_norm(linear(u, self.wkv, activations=self.activations), self.kv_norm, eps=eps)  # [T, Dh]
-        kv = self._round(apply_rope(kv, positions, self.inv_freq))
+        q = rms_norm_rope(q, None, positions, self.inv_freq, eps=eps)
+        kv = linear(u, self.wkv, activations=self.activations)  # [T, Dh]
+        kv = self._round(rms_norm_rope(kv, self.kv_norm, positions, self.inv_freq, eps=eps))
         window_kv = cache.window.extend(kv, start)  # [P + T, Dh]
         compressed, visible, selected = self._compressed(u, qa, positions, cache, start)
         o = attend(

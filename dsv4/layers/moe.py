@@ -6,9 +6,10 @@ from torch import Tensor
 from dsv4.config import ModelConfig
 from dsv4.layers.weights import Weights
 from dsv4.numerics import Numerics
+from dsv4.ops.formats import Plain, stored
 from dsv4.ops.gemm import linear
 from dsv4.ops.moe import Expert, run_experts
-from dsv4.ops.router import hash_gate, topk_gate
+from dsv4.ops.router import gate_logits, hash_gate, topk_gate
 
 
 class Router:
@@ -24,7 +25,10 @@ class Router:
 
     def forward(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D], token_ids [T] -> routing weights [T, K] f32, experts [T, K] i64."""
-        logits = linear(x, self.weight, activations=self.activations, out_dtype=torch.float32)  # [T, E]
+        if isinstance(stored(self.weight), Plain):
+            logits = gate_logits(x, self.weight)  # [T, E] f32
+        else:
+            logits = linear(x, self.weight, activations=self.activations, out_dtype=torch.float32)
         if self.tid2eid is not None:
             return hash_gate(logits, token_ids, self.tid2eid, scale=self.scale)
         assert self.bias is not None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dsv4.config import ModelConfig, Yarn
 from dsv4.layers.rope import inverse_frequencies
-from dsv4.ops.rope import apply_rope
+from dsv4.ops.norm import rms_norm
+from dsv4.ops.rope import apply_rope, rms_norm_rope
 
 
 def rotated(x: Tensor, positions: list[int], inv_freq: Tensor, sign: float = 1.0) -> np.ndarray:
@@ -70,6 +71,27 @@ def test_bfloat16_rounds_rotated_dims_only(normal: Callable[..., Tensor]) -> Non
     assert torch.equal(y[..., :8], x[..., :8])
     want = rotated(x, positions.tolist(), inv_freq)
     np.testing.assert_allclose(y.double().numpy(), want, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (5, 11), (4, 3, 14)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_norm_then_rope(
+    shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, normal: Callable[..., Tensor]
+) -> None:
+    """The norm runs over the whole row and rounds to x's dtype before the rotation, which rounds again."""
+    x, positions = (3 * normal(*shape)).to(dtype), torch.arange(shape[0]) + 70_000
+    weight = 1 + 0.3 * normal(shape[-1]) if weighted else None
+    inv_freq = torch.tensor([1.0, 0.37, 0.011])
+    y = rms_norm_rope(x, weight, positions, inv_freq, eps=1e-6)
+    assert y.shape == shape and y.dtype == dtype
+    scale = np.sqrt((x.double().numpy() ** 2).mean(-1, keepdims=True) + 1e-6)
+    normed = torch.from_numpy(x.double().numpy() / scale * (1 if weight is None else weight.numpy()))
+    want = rotated(normed.to(dtype), positions.tolist(), inv_freq)
+    tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+    np.testing.assert_allclose(y.double().numpy(), want, rtol=tolerance, atol=tolerance)
+    both = apply_rope(rms_norm(x, weight, eps=1e-6), positions, inv_freq)
+    assert torch.equal(y, both)
 
 
 def real_config() -> ModelConfig:

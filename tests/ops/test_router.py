@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.ops.router import hash_gate, topk_gate
+from dsv4.ops.formats import MatrixCache, Plain
+from dsv4.ops.router import gate_logits, hash_gate, topk_gate
 
 
 def score(logit: float) -> float:
@@ -28,6 +29,18 @@ def weights_of(logits: list[float], experts: list[int], scale: float) -> list[fl
 def assert_weights(weights: Tensor, want: list[list[float]]) -> None:
     assert weights.dtype == torch.float32
     np.testing.assert_allclose(weights.numpy(), np.array(want).reshape(weights.shape), rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gate_logits(tokens: int, dtype: torch.dtype, normal: Callable[..., Tensor]) -> None:
+    """Products and sums keep fp32, whatever the dtypes; the cached matrix of a CPU model gives the same."""
+    x, w = normal(tokens, 40).to(dtype), normal(9, 40).bfloat16()
+    logits = gate_logits(x, Plain(w))
+    assert logits.shape == (tokens, 9) and logits.dtype == torch.float32
+    want = x.double().numpy() @ w.double().numpy().T
+    np.testing.assert_allclose(logits.numpy(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(gate_logits(x, MatrixCache(1 << 20).wrap(Plain(w))), logits)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 37])

@@ -1,7 +1,15 @@
 """Choosing experts in plain torch, fp32 throughout."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dsv4.ops.formats import Weight
+from dsv4.ops.gemm import reference as gemm
+
+
+def gate_logits(x: Tensor, weight: Weight) -> Tensor:
+    return gemm.linear(x, weight, out_dtype=torch.float32)
 
 
 def topk_gate(logits: Tensor, bias: Tensor, *, top_k: int, scale: float) -> tuple[Tensor, Tensor]:

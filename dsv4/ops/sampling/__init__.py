@@ -4,8 +4,11 @@ Responsible for random numbers, filters and the draw. Not responsible for checki
 settings (``dsv4.sampling``) or for what the model computes.
 """
 
+import torch
 from torch import Tensor
 
+from dsv4 import _C
+from dsv4.ops.checks import Shapes
 from dsv4.ops.dispatch import op
 from dsv4.ops.sampling import reference
 
@@ -20,7 +23,7 @@ def uniform(seed: int, position: int) -> float:
     """
 
 
-@op(reference.sample_token)
+@op(reference.sample_token, kernel=True)
 def sample_token(
     logits: Tensor,
     *,
@@ -48,6 +51,24 @@ def sample_token(
     renormalisation, runs in rank order with one rounding a step.
 
     The settings' ranges are those of ``dsv4.sampling.Sampling``. A largest logit that is not finite
-    (a NaN or +inf anywhere, or nothing but -inf) is an internal error: ``AssertionError``.
-    Source: docs/model.md 5.
+    (a NaN or +inf anywhere, or nothing but -inf) is an internal error: ``AssertionError``; on CUDA the
+    id -1, of which the caller makes one. On CUDA ``position`` < 2^63. Source: docs/model.md 5.
     """
+    shapes = Shapes()
+    shapes.check("logits", logits, "V", torch.float32)
+    vocab = shapes["V"]
+    assert vocab >= 1, "logits: expected at least one token, found none"
+    out = torch.empty((), dtype=torch.int64, device=logits.device)
+    if temperature == 0:
+        _C.sample_largest(logits, out, vocab)
+        return out
+    assert 0 <= seed < 2**64, f"seed: expected a 64-bit word, found {seed}"
+    assert 0 <= position < 2**63, f"position: expected less than 2^63, found {position}"
+    ranked, ids = torch.sort(logits, descending=True, stable=True)
+    limits = torch.finfo(torch.float32)
+    temperature = min(max(temperature, limits.tiny), limits.max)
+    signed_seed = seed - 2**64 if seed >= 2**63 else seed  # the binding's integers
+    _C.sample_ranked(
+        ranked, ids, out, vocab, temperature, min(top_k, vocab), top_p, min_p, signed_seed, position
+    )
+    return out
