@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv4 import _C
 from dsv4.config import CSA_RATIO, ModelConfig
 from dsv4.device import resolve_device
 from dsv4.loading.assemble import assemble
@@ -264,7 +265,7 @@ class Generation:
 
     @staticmethod
     def _sample(logits: Tensor, sampling: Sampling, position: int) -> int:
-        return int(
+        token = int(
             sample_token(
                 logits,
                 temperature=sampling.temperature,
@@ -275,6 +276,8 @@ class Generation:
                 position=position,
             )
         )
+        assert token >= 0, f"position {position}: the largest logit is not finite"
+        return token
 
     def _push(self, token: int) -> None:
         if self._stream is not None:
@@ -313,7 +316,10 @@ def load(
     config = ModelConfig.from_checkpoint(ckpt)
     if choices.trained:
         _require_index_blocks(config)
-    expand_rooms(reference)
+    on_references = expand_rooms(reference)
+    if place.type == "cuda" and on_references != expand_rooms(["all"]):
+        _require_kernel_shapes(config)
+        _C.load_library()  # built here if need be, before anything is read
     checkpoint = Checkpoint.open(ckpt, config, mtp=mtp)
     plan = make_plan(checkpoint, choices, place, max_context, cache_dequantised_mb)
     plan.require_fit()
@@ -344,3 +350,20 @@ def _require_index_blocks(config: ModelConfig) -> None:
         raise ValueError(
             f"index_head_dim: expected a power of two of at least 32 for numerics 'trained', found {width}"
         )
+
+
+def _require_kernel_shapes(config: ModelConfig) -> None:
+    """The sizes that the CUDA kernels take; everything else about shapes is an argument of theirs."""
+    rules = (
+        ("hc_mult", config.num_streams, lambda n: n == 4, "4"),
+        ("hidden_size", config.hidden_size, lambda n: n % 8 == 0 and n <= 8192, "a multiple of 8 up to 8192"),
+        ("n_routed_experts", config.num_experts, lambda n: n <= 1024, "at most 1024"),
+        ("head_dim", config.head_dim, lambda n: n % 8 == 0, "a multiple of 8"),
+        ("index_head_dim", config.index_head_dim, lambda n: n % 8 == 0, "a multiple of 8"),
+    )
+    for name, found, holds, expected in rules:
+        if not holds(found):
+            raise ValueError(
+                f"config.json: {name}: expected {expected} for the CUDA kernels, found {found}; "
+                "use --device cpu or --reference all"
+            )

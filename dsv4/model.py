@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsv4.cache import SequenceCache
 from dsv4.config import ModelConfig
-from dsv4.layers.block import Block
+from dsv4.layers.block import Block, run_blocks
 from dsv4.layers.mhc import HyperHead
 from dsv4.layers.mtp import MtpBlock
 from dsv4.layers.weights import Weights
@@ -59,8 +59,7 @@ class Transformer:
         start, tokens = cache.position, token_ids.shape[0]
         positions = torch.arange(start, start + tokens, device=token_ids.device)
         x = embed_streams(token_ids, self.embed, num_streams=self.config.num_streams, dtype=self.dtype)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block.forward(x, token_ids, positions, layer_cache, start)
+        x = run_blocks(x, self.blocks, token_ids, positions, cache.layers, start)
         cache.position = start + tokens
         return x
 

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from dsv4.cache import SequenceCache
 from dsv4.config import CSA_RATIO
 from dsv4.engine import Engine
-from dsv4.layers import attention, compressor, indexer, moe
+from dsv4.layers import attention, indexer, moe
 from dsv4.layers.rope import inverse_frequencies
+from dsv4.ops.compressor import reference as pool_reference
 from dsv4.ops.formats import Nvfp4, Weight, stored
+from dsv4.ops.rope import reference as rope_reference
 
 Inject = Callable[[Engine, MonkeyPatch], None]
 Arguments = dict[str, Any]
@@ -129,9 +131,25 @@ def rotate_halves(original: Callable[..., Tensor], x: Tensor, *args: Any, **rest
     return original(x[..., order], *args, **rest)[..., order.argsort()]
 
 
+def attention_ropes(engine: Engine) -> list[Any]:
+    """Where the attention layers' rotations are found: their own, and those that follow a norm."""
+    return [attention, rope_reference]
+
+
+def rotate_only_queries(
+    original: Callable[..., Tensor], x: Tensor, weight: Tensor | None, *args: Any, **rest: Any
+) -> Tensor:
+    """No norm where it has no weight."""
+    return rope_reference.apply_rope(x, *args) if weight is None else original(x, weight, *args, **rest)
+
+
 def swap_series(name: str) -> Callable[[Arguments], Tensor]:
     """Ca and Cb exchanged, the halves of the channels where windows overlap."""
     return lambda a: a[name].roll(a[name].shape[-1] // 2, -1) if a["overlap"] else a[name]
+
+
+def edit_pooling(**changes: Callable[[Arguments], Any]) -> Inject:
+    return edit(pool_reference, "pool_windows", **changes)
 
 
 def forget(rows: Callable[[Arguments], range]) -> Inject:
@@ -140,7 +158,7 @@ def forget(rows: Callable[[Arguments], range]) -> Inject:
     def tail_gate(a: Arguments) -> Tensor:
         return a["tail_gate"].index_fill_(0, torch.tensor(rows(a), dtype=torch.int64), -torch.inf)
 
-    return edit(compressor, "pool_windows", tail_gate=tail_gate)
+    return edit_pooling(tail_gate=tail_gate)
 
 
 def keep_tails(engine: Engine, monkeypatch: MonkeyPatch) -> None:

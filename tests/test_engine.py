@@ -91,6 +91,16 @@ def test_sampling_depends_on_the_seed_alone(engine: dsv4.Engine) -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_a_draw_without_a_token_is_an_internal_error(
+    engine: dsv4.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel answers where the largest logit is not finite."""
+    monkeypatch.setattr("dsv4.engine.sample_token", lambda logits, **settings: torch.tensor(-1))
+    generation = engine.generate(IDS[:5], 3)
+    with pytest.raises(AssertionError, match="position 5: the largest logit is not finite"):
+        next(generation)
+
+
 def test_generation_ends_when_the_context_is_full(ckpt: Path) -> None:
     small = dsv4.load(ckpt, max_context=12)
     generation = small.generate(IDS[:10], 50)

@@ -16,10 +16,12 @@ import torch
 from mutations import (
     Fault,
     assign,
+    attention_ropes,
     biased,
     compressed_layers,
     drafter,
     edit,
+    edit_pooling,
     fold_input_scale,
     forget,
     frequencies,
@@ -27,6 +29,7 @@ from mutations import (
     interleave_heads,
     keep_tails,
     rotate_halves,
+    rotate_only_queries,
     rows_first,
     see,
     share_scale,
@@ -43,8 +46,9 @@ from torch.nn import functional as F
 from dsv4 import model
 from dsv4.config import ModelConfig
 from dsv4.engine import Engine, load
-from dsv4.layers import attention, compressor, indexer, mhc, moe
+from dsv4.layers import attention, indexer, mhc, moe
 from dsv4.ops import formats, quant
+from dsv4.ops.compressor import reference as pool_reference
 from dsv4.ops.gemm import reference as gemm_reference
 from dsv4.ops.mhc import reference as mhc_reference
 from dsv4.ops.moe import reference as moe_reference
@@ -72,7 +76,7 @@ FAULTS = {
         wrap(attention, "apply_rope", lambda f, x, *a, inverse=False: x if inverse else f(x, *a))
     ),
     "output rotated forward": Fault(edit(attention, "apply_rope", inverse=lambda a: False)),
-    "halves rotated instead of pairs": Fault(wrap(attention, "apply_rope", rotate_halves)),
+    "halves rotated instead of pairs": Fault(wrap(attention_ropes, "apply_rope", rotate_halves)),
     "window-only layers with YaRN": Fault(assign(window_layers, "inv_freq", frequencies())),
     "no YaRN": Fault(assign(compressed_layers, "inv_freq", frequencies(yarn=lambda c: None))),
     "plain base in compressed layers": Fault(
@@ -81,9 +85,7 @@ FAULTS = {
     "softmax scaled for YaRN": Fault(
         edit(attention, "attend", q=lambda a: a["q"] * (0.1 * math.log(16) + 1) ** 2)
     ),
-    "query heads not normalised": Fault(
-        wrap(attention, "rms_norm", lambda f, x, weight, eps: x if weight is None else f(x, weight, eps=eps))
-    ),
+    "query heads not normalised": Fault(wrap(attention, "rms_norm_rope", rotate_only_queries)),
     "no sink": Fault(edit(attention, "attend", sink=lambda a: a["sink"] - math.inf)),
     "sink scaled like a score": Fault(
         edit(attention, "attend", sink=lambda a: a["sink"] * a["q"].shape[-1] ** -0.5)
@@ -95,24 +97,18 @@ FAULTS = {
     "entries visible one too early": Fault(see(later=-1)),
     "output groups of interleaved heads": Fault(edit(attention, "grouped_linear", x=interleave_heads)),
     # Compressors
-    "ape in kv as well": Fault(
-        edit(compressor, "pool_windows", kv=lambda a: a["kv"] + a["ape"].repeat(20, 1)[: len(a["kv"])])
-    ),
-    "Ca and Cb swapped": Fault(
-        edit(compressor, "pool_windows", **{name: swap_series(name) for name in ("kv", "gate", "ape")})
-    ),
+    "ape in kv as well": Fault(edit_pooling(kv=lambda a: a["kv"] + a["ape"].repeat(20, 1)[: len(a["kv"])])),
+    "Ca and Cb swapped": Fault(edit_pooling(**{name: swap_series(name) for name in ("kv", "gate", "ape")})),
     "zero gates before the first window": Fault(
-        edit(compressor, "pool_windows", tail_gate=lambda a: torch.zeros_like(a["tail_gate"]))
+        edit_pooling(tail_gate=lambda a: torch.zeros_like(a["tail_gate"]))
     ),
     "entries at position j": Fault(
-        edit(compressor, "apply_rope", positions=lambda a: a["positions"] // a["positions"][1])
+        edit(pool_reference, "apply_rope", positions=lambda a: a["positions"] // a["positions"][1])
     ),
     "entries at their last token": Fault(
-        edit(compressor, "apply_rope", positions=lambda a: a["positions"] + a["positions"][1] - 1)
+        edit(pool_reference, "apply_rope", positions=lambda a: a["positions"] + a["positions"][1] - 1)
     ),
-    "ape by position in the pass": Fault(
-        edit(compressor, "pool_windows", ape=lambda a: a["ape"].roll(a["start"], 0)), chunk=7
-    ),
+    "ape by position in the pass": Fault(edit_pooling(ape=lambda a: a["ape"].roll(a["start"], 0)), chunk=7),
     "previous window forgotten": Fault(forget(lambda a: range(4 if a["overlap"] else 0)), chunk=7),
     "pending tokens forgotten": Fault(
         forget(lambda a: range(4 if a["overlap"] else 0, len(a["tail_gate"]))), chunk=7
@@ -147,11 +143,13 @@ FAULTS = {
         edit(moe, "hash_gate", token_ids=lambda a: torch.zeros_like(a["token_ids"]))
     ),
     # Hyper-connections
-    "comb not transposed": Fault(edit(mhc, "mhc_post", comb=lambda a: a["comb"].mT)),
+    "comb not transposed": Fault(edit(mhc_reference, "mhc_post", comb=lambda a: a["comb"].mT)),
     "Sinkhorn rows first": Fault(wrap(mhc_reference, "sinkhorn_normalize", rows_first)),
-    "Sinkhorn one iteration less": Fault(edit(mhc, "mhc_pre", iterations=lambda a: a["iterations"] - 1)),
-    "pre without eps": Fault(wrap(mhc, "mhc_pre", without_eps)),
-    "post without its factor 2": Fault(edit(mhc, "mhc_post", post=lambda a: a["post"] / 2)),
+    "Sinkhorn one iteration less": Fault(
+        edit(mhc_reference, "mhc_pre", iterations=lambda a: a["iterations"] - 1)
+    ),
+    "pre without eps": Fault(wrap(mhc_reference, "mhc_pre", without_eps)),
+    "post without its factor 2": Fault(edit(mhc_reference, "mhc_post", post=lambda a: a["post"] / 2)),
     "embedding divided among the streams": Fault(
         wrap(model, "embed_streams", lambda f, *a, **k: f(*a, **k) / k["num_streams"])
     ),

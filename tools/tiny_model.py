@@ -19,6 +19,7 @@ from dsv4.config import ModelConfig
 from dsv4.layers import attention, moe
 from dsv4.layers.block import Block
 from dsv4.layers.indexer import Indexer
+from dsv4.layers.mhc import Entry
 from dsv4.layers.mtp import MtpBlock
 from dsv4.layers.weights import Weights
 from dsv4.loading.mapping import Slot, all_slots
@@ -199,11 +200,11 @@ class Dropped:
         return self.trace.drop(self.inner.forward(*args))
 
 
-class DroppedInput(Dropped):
-    """The first block, with dropout on the embedding: the same in all streams."""
+class DroppedStreams(Dropped):
+    """The way into the first block, with dropout on the embedding: the same in all streams."""
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        return self.inner.forward(x * self.trace.drop(torch.ones_like(x[:, :1])), *args)
+    def enter(self, x: Tensor) -> Entry:
+        return self.inner.enter(x * self.trace.drop(torch.ones_like(x[:, :1])))
 
 
 class TinyModel:
@@ -262,7 +263,7 @@ class TinyModel:
         mtp = MtpBlock(config, numerics, weights.scope("mtp.0"))
         self._instrument(mtp.block, "mtp.0.ffn.experts.")
         model = Transformer(config, numerics, weights, blocks, mtp)
-        model.blocks[0] = DroppedInput(blocks[0], self.trace)
+        blocks[0].attn_hc = DroppedStreams(blocks[0].attn_hc, self.trace)
         weights.assert_empty()
         return model
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsv4.cache import LayerCache
 from dsv4.config import WINDOW_ONLY, ModelConfig
-from dsv4.layers.block import Block
+from dsv4.layers.block import Block, run_blocks
 from dsv4.layers.mhc import HyperHead
 from dsv4.layers.weights import Weights
 from dsv4.numerics import Numerics
@@ -46,5 +46,5 @@ class MtpBlock:
         e = linear(e, self.e_proj, activations=self.activations, out_dtype=torch.float32)  # [T, D]
         h = linear(h.flatten(0, 1), self.h_proj, activations=self.activations, out_dtype=torch.float32)
         x = (e.unsqueeze(1) + h.view(x.shape)).to(x.dtype)  # [T, M, D]
-        x = self.block.forward(x, next_ids, positions, cache, start)
+        x = run_blocks(x, [self.block], next_ids, positions, [cache], start)
         return x, rms_norm(self.hc_head.forward(x), self.norm, eps=self.norm_eps)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.ops.mhc import mhc_head, mhc_post, mhc_pre, sinkhorn_normalize
+from dsv4.ops.mhc import mhc_boundary, mhc_head, mhc_post, mhc_pre, sinkhorn_normalize
+from dsv4.ops.norm import rms_norm
 
 EPS = NORM_EPS = 1e-6
 
@@ -140,6 +141,21 @@ def test_post_sends_row_to_column() -> None:
     x = torch.tensor([[[10.0], [20.0], [30.0]]])
     new = mhc_post(torch.tensor([[1.0]]), x, torch.tensor([[0.1, 0.2, 0.3]]), comb)
     assert_near(new[0, :, 0], [30.1, 10.2, 20.3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_boundary(tokens: int, dtype: torch.dtype, normal: Callable[..., Tensor]) -> None:
+    """The end of one sublayer and the beginning of the next, the norm of its input included."""
+    y, x = normal(tokens, 11).to(dtype), normal(tokens, 4, 11).to(dtype)
+    post, comb = normal(tokens, 4), normal(tokens, 4, 4)
+    pre, norm = (normal(24, 44), normal(24), torch.tensor([0.7, 1.3, -0.9])), normal(11)
+    settings = {"iterations": 20, "eps": EPS, "norm_eps": NORM_EPS}
+    found = mhc_boundary(y, x, post, comb, *pre, norm, **settings)
+    streams = mhc_post(y, x, post, comb)
+    u, post, comb = mhc_pre(streams, *pre, **settings)
+    for a, b in zip(found, (streams, rms_norm(u, norm, eps=NORM_EPS), post, comb), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dsv4.ops.norm.reference import rms_norm
+
 
 def sinkhorn_normalize(logits: Tensor, *, iterations: int, eps: float) -> Tensor:
     c = logits.softmax(dim=-1) + eps
@@ -36,6 +38,25 @@ def mhc_post(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     # comb[j, k]: row j is the source stream, column k the destination.
     mixed = torch.einsum("tjk,tjd->tkd", comb, x.float())
     return (post.unsqueeze(-1) * y.float().unsqueeze(1) + mixed).to(x.dtype)
+
+
+def mhc_boundary(
+    y: Tensor,
+    x: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm: Tensor,
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = mhc_post(y, x, post, comb)
+    u, post, comb = mhc_pre(x, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+    return x, rms_norm(u, norm, eps=norm_eps), post, comb
 
 
 def mhc_head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float) -> Tensor:

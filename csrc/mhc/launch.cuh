@@ -1,0 +1,15 @@
+// How mhc_boundary.cu reaches the kernels for few and for many tokens.
+#pragma once
+
+#include "mhc/mixes.cuh"
+
+namespace dsv4 {
+
+// mhc_decode.cu: up to 8 tokens a launch; `sizes.splits` and `sizes.columns` set.
+template <class T>
+cudaError_t launch_decode(Tensors<T> tensors, Sizes sizes, cudaStream_t stream);
+
+// mhc_prefill.cu: any number of bf16 tokens in two launches.
+cudaError_t launch_prefill(Tensors<bf16> tensors, Sizes sizes, cudaStream_t stream);
+
+}  // namespace dsv4
