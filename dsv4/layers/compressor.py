@@ -1,4 +1,4 @@
-"""A compressor: projections, pooling over windows, norm and RoPE of the emitted entries."""
+"""A compressor: projections, and the entries that windows of them become."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,8 @@ from dsv4.cache import CompressorState
 from dsv4.config import CSA_RATIO, ModelConfig
 from dsv4.layers.weights import Weights
 from dsv4.numerics import Numerics
-from dsv4.ops.compressor import pool_windows
+from dsv4.ops.compressor import compress_kv
 from dsv4.ops.gemm import linear
-from dsv4.ops.norm import rms_norm
-from dsv4.ops.rope import apply_rope
 
 
 class Compressor:
@@ -32,16 +30,16 @@ class Compressor:
         """The entries that u [T, D] completes, [n, width] in u's dtype, before any trained rounding."""
         kv = linear(u, self.wkv, activations=self.activations, out_dtype=torch.float32)  # [T, C]
         gate = linear(u, self.wgate, activations=self.activations, out_dtype=torch.float32)  # [T, C]
-        pooled = pool_windows(
+        return compress_kv(
             kv,
             gate,
             self.ape,
             state.tail_kv,
             state.tail_gate,
+            self.norm,
+            self.inv_freq,
             start=start,
             overlap=self.ratio == CSA_RATIO,
-        )
-        entries = rms_norm(pooled.to(u.dtype), self.norm, eps=self.norm_eps)  # [n, width]
-        first = start // self.ratio
-        windows = torch.arange(first, first + entries.shape[0], device=u.device)
-        return apply_rope(entries, windows * self.ratio, self.inv_freq)
+            eps=self.norm_eps,
+            dtype=u.dtype,
+        )  # [n, width]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.ops.compressor import pool_windows
+from dsv4.ops.compressor import compress_kv, pool_windows
 
 KINDS = [(4, True), (4, False), (8, False)]  # ratio, overlap: CSA, and HCA at small ratios
 
@@ -149,3 +149,46 @@ def test_csa_takes_series_a_from_the_window_before() -> None:
     entries, _, _ = feed([5, 7], series, torch.zeros(12, 2), torch.zeros(4, 2), True)
     want = [[101.5], [(1.5 + 105.5) / 2], [(5.5 + 109.5) / 2]]
     np.testing.assert_allclose(entries.numpy(), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "overlap"), KINDS)
+def test_compressed_entries(
+    ratio: int, overlap: bool, rng: np.random.Generator, normal: Callable[..., Tensor]
+) -> None:
+    """Pooled windows, normalised, their last pairs rotated by the first position; from any pieces."""
+    tokens, width, pairs, eps = 5 * ratio + 2, 8, 3, 1e-6
+    channels = 2 * width if overlap else width
+    kv, gate, ape = normal(tokens, channels), normal(tokens, channels), normal(ratio, channels)
+    norm, inv_freq = 1 + 0.3 * normal(width), torch.tensor([1.0, 0.3, 0.01])
+    want = expected_entries(kv, gate, ape, overlap)
+    want = want / np.sqrt((want**2).mean(axis=1, keepdims=True) + eps) * norm.double().numpy()
+    first = width - 2 * pairs
+    turned = want[:, first::2] + 1j * want[:, first + 1 :: 2]
+    turned *= np.exp(1j * ratio * np.arange(len(want))[:, None] * inv_freq.double().numpy())
+    want[:, first::2], want[:, first + 1 :: 2] = turned.real, turned.imag
+    for pieces in (
+        [tokens],
+        [1] * tokens,
+        np.diff([0, *sorted(rng.integers(0, tokens, 4)), tokens]).tolist(),
+    ):
+        tail_kv, tail_gate = fresh_tail(ratio, channels, overlap)
+        start, entries = 0, []
+        for size in pieces:
+            part = slice(start, start + size)
+            inputs = (kv[part], gate[part], ape, tail_kv, tail_gate, norm, inv_freq)
+            entries.append(compress_kv(*inputs, start=start, overlap=overlap, eps=eps, dtype=torch.float32))
+            start += size
+        np.testing.assert_allclose(torch.cat(entries).numpy(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_compressed_entries_are_rounded_three_times(normal: Callable[..., Tensor]) -> None:
+    """To bf16 before the norm, after it, and after the rotation."""
+    kv, gate, ape, norm = normal(4, 16), normal(4, 16), normal(4, 16), normal(8)
+    pooled = pool_windows(kv, gate, ape, *fresh_tail(4, 16, True), start=0, overlap=True).bfloat16().float()
+    want = (pooled / (pooled.square().mean() + 1e-6).sqrt() * norm).bfloat16().float()
+    a, b, angle = want[:, 6], want[:, 7], torch.tensor(4 * 0.7)
+    want[:, 6:] = torch.stack((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), dim=-1)
+    tail_kv, tail_gate = fresh_tail(4, 16, True)
+    inputs = (kv, gate, ape, tail_kv, tail_gate, norm, torch.tensor([0.7]))
+    entry = compress_kv(*inputs, start=4, overlap=True, eps=1e-6, dtype=torch.bfloat16)
+    assert torch.equal(entry, want.bfloat16())

@@ -143,6 +143,16 @@ def test_nvfp4_brute_force(normal: Normal, per_token: bool) -> None:
     assert nibbles(codes) == expected.ravel().tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvfp4_tokens_at_once(normal: Normal, dtype: torch.dtype) -> None:
+    x = (normal(3, 5, 64) * torch.exp2(4 * normal(3, 5, 1))).to(dtype)
+    x[1, 2] = 0
+    gs = quant.nvfp4_global_scale(x, per_token=True)
+    for own, other in zip(quant.quantize_nvfp4_tokens(x), (*quant.quantize_nvfp4(x, gs), gs), strict=True):
+        assert own.dtype == other.dtype and torch.equal(bits(own), bits(other))
+    assert [t.shape for t in quant.quantize_nvfp4_tokens(x[:0])] == [(0, 5, 32), (0, 5, 4), (0, 5, 1)]
+
+
 def test_nvfp4_order_of_the_divisions(rng: np.random.Generator, normal: Normal) -> None:
     """Scales and elements within an ulp of a tie, where another order of the operations gives other codes."""
     gs = torch.exp2(3 * normal(4000, 1)).numpy()

@@ -1,9 +1,68 @@
-"""The compressors of CSA and HCA: pooling windows of tokens into single entries."""
+"""The compressors of CSA and HCA: windows of tokens become single entries."""
 
+import torch
 from torch import Tensor
 
+from dsv4 import _C
+from dsv4.ops.checks import FLOATS, Shapes
 from dsv4.ops.compressor import reference
 from dsv4.ops.dispatch import op
+
+MAX_WIDTH = 4096
+
+
+@op(reference.compress_kv, kernel=True)
+def compress_kv(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    tail_kv: Tensor,
+    tail_gate: Tensor,
+    norm: Tensor,
+    inv_freq: Tensor,
+    *,
+    start: int,
+    overlap: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``pool_windows`` and what makes its entries keys: rounding to ``dtype``, RMS norm, RoPE.
+
+    norm [width] and inv_freq [Dr/2], f32; all else as for ``pool_windows``, with a width that is a multiple
+    of 8. Window j turns by its first position, j ratio. Returns [n, width] of ``dtype``, whose bits do not
+    depend on where a sequence is cut. Source: docs/model.md 2.8 and 2.9.
+    """
+    tokens, ratio, width, pairs = _sizes(kv, gate, ape, tail_kv, tail_gate, norm, inv_freq, overlap)
+    assert dtype in FLOATS, f"dtype: expected one of {FLOATS}, found {dtype}"
+    entries = norm.new_empty(((start + tokens) // ratio - start // ratio, width), dtype=dtype)
+    if tokens:
+        inputs = (kv, gate, ape, tail_kv, tail_gate, norm, inv_freq)
+        _C.compress_kv(*inputs, entries, tokens, ratio, width, 2 * pairs, start, overlap, eps)
+    return entries
+
+
+def _sizes(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    tail_kv: Tensor,
+    tail_gate: Tensor,
+    norm: Tensor,
+    inv_freq: Tensor,
+    overlap: bool,
+) -> tuple[int, int, int, int]:
+    """Tokens, ratio, width of an entry and pairs that turn, all checked."""
+    series, ratio = 1 + overlap, ape.shape[0]
+    shapes = Shapes(N=ape.shape[-1] // series, R=series * ratio)
+    named = {"ape": (ape, "m C"), "kv": (kv, "T C"), "gate": (gate, "T C"), "norm": (norm, "N")}
+    named |= {"tail_kv": (tail_kv, "R C"), "tail_gate": (tail_gate, "R C"), "inv_freq": (inv_freq, "P")}
+    for name, (tensor, shape) in named.items():
+        shapes.check(name, tensor, shape, torch.float32)
+    width, pairs = shapes["N"], shapes["P"]
+    assert width * series == shapes["C"] and width % 8 == 0 and 2 * pairs <= width <= MAX_WIDTH, (
+        f"ape: expected {series} x a multiple of 8 channels, {2 * pairs} to {MAX_WIDTH}, found {shapes['C']}"
+    )
+    return shapes["T"], ratio, width, pairs
 
 
 @op(reference.pool_windows)

@@ -1,7 +1,32 @@
-"""Pooling windows of tokens into compressed entries in plain torch, fp32 throughout."""
+"""Compressed entries from windows of tokens in plain torch; pooling is fp32 throughout."""
 
 import torch
 from torch import Tensor
+
+from dsv4.ops.norm.reference import rms_norm
+from dsv4.ops.rope.reference import apply_rope
+
+
+def compress_kv(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    tail_kv: Tensor,
+    tail_gate: Tensor,
+    norm: Tensor,
+    inv_freq: Tensor,
+    *,
+    start: int,
+    overlap: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    pooled = pool_windows(kv, gate, ape, tail_kv, tail_gate, start=start, overlap=overlap)
+    entries = rms_norm(pooled.to(dtype), norm, eps=eps)
+    ratio = ape.shape[0]
+    first = start // ratio
+    windows = torch.arange(first, first + entries.shape[0], device=kv.device)
+    return apply_rope(entries, windows * ratio, inv_freq)
 
 
 def pool_windows(

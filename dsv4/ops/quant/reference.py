@@ -54,6 +54,11 @@ def quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     return pack_e2m1(values.flatten(-2)), scale
 
 
+def quantize_nvfp4_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    global_scale = nvfp4_global_scale(x, per_token=True)
+    return *quantize_nvfp4(x, global_scale), global_scale
+
+
 def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     values, exponent = _scale_mxfp4(x)
     return pack_e2m1(values.flatten(-2)), exponent

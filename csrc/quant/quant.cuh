@@ -1,0 +1,100 @@
+// What the kernels of the room share: 16 values a thread, magnitudes as integers, e4m3 conversions, powers of two.
+#pragma once
+
+#include "common/device.cuh"
+
+namespace dsv4 {
+
+constexpr int kValues = 16;  // of a thread: a block of NVFP4, 32 bytes of bf16
+
+// 16 consecutive values of bf16 or f32 as they lie in memory.
+template <class T>
+struct Values {
+  static constexpr int kWords = kValues * sizeof(T) / 4;
+  uint32_t words[kWords];
+
+  __device__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(words[i]);
+    return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+  }
+
+  // Values i and i + 1, i even, rounded to T.
+  __device__ void set_pair(int i, float a, float b) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = __float_as_uint(a);
+      words[i + 1] = __float_as_uint(b);
+    } else {
+      __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+      words[i / 2] = reinterpret_cast<const uint32_t&>(pair);
+    }
+  }
+};
+
+template <class T>
+__device__ inline Values<T> load_values(const T* from) {
+  Values<T> x;
+#pragma unroll
+  for (int w = 0; w < Values<T>::kWords; w += 4) {
+    auto part = load_vector<4>(reinterpret_cast<const uint32_t*>(from) + w);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x.words[w + i] = part[i];
+  }
+  return x;
+}
+
+template <class T>
+__device__ inline void store_values(T* to, const Values<T>& x) {
+#pragma unroll
+  for (int w = 0; w < Values<T>::kWords; w += 4) {
+    Vector<uint32_t, 4> part = {x.words[w], x.words[w + 1], x.words[w + 2], x.words[w + 3]};
+    store_vector(reinterpret_cast<uint32_t*>(to) + w, part);
+  }
+}
+
+// Magnitudes are compared by their fp32 bits, as unsigned integers: the same order, and NaN above infinity.
+__device__ inline unsigned magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
+template <class T>
+__device__ inline unsigned largest_magnitude(const Values<T>& x) {
+  unsigned most = 0;
+#pragma unroll
+  for (int w = 0; w < Values<T>::kWords; ++w) {
+    if constexpr (sizeof(T) == 4) {
+      most = max(most, x.words[w] & 0x7fffffffu);
+    } else {
+      most = __vmaxu2(most, x.words[w] & 0x7fff7fffu);
+    }
+  }
+  return sizeof(T) == 4 ? most : max(most << 16, most & 0xffff0000u);
+}
+
+// Two values to e4m3, `low` in the low byte: to nearest, ties to even, saturating at 448; NaN stays NaN.
+__device__ inline uint32_t to_e4m3_pair(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ inline float2 from_e4m3_pair(uint32_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(pair)));
+  return __half22float2(reinterpret_cast<const __half2&>(halves));
+}
+
+// ceil(log2(x)) + 127 of a normal x > 0, from its exponent field: exact. At most 254, a finite scale.
+__device__ inline uint32_t ceil_log2(float x) { return min((__float_as_uint(x) + 0x7fffffu) >> 23, 254u); }
+
+// 2^(byte - 127) for byte >= 1, and its reciprocal, also normal for byte <= 253. Multiplying by the latter is dividing
+// by the former, bit by bit.
+__device__ inline float power_of_two(uint32_t byte) { return __uint_as_float(byte << 23); }
+__device__ inline float reciprocal_power(uint32_t byte) { return __uint_as_float((254u - byte) << 23); }
+
+inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// The number of threads for `wanted`: whole warps, at most `most`.
+inline int whole_warps(int64_t wanted, int most) {
+  int64_t threads = ceil_div(wanted, kWarp) * kWarp;
+  return int(threads < most ? threads : most);
+}
+
+}  // namespace dsv4
