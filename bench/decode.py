@@ -5,18 +5,16 @@ table and writes one JSON with the machine, the versions and every run.
 """
 
 import argparse
-import datetime
 import json
 import platform
 import statistics
-import subprocess
 from pathlib import Path
 
 import torch
 
 import dsv4
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench.harness import RESULTS, ROOT, provenance
+from bench.tables import decode_row
 
 
 def measure(ckpt: str, *, device: str, prompt_tokens: int, new_tokens: int, runs: int) -> dict[str, object]:
@@ -44,26 +42,16 @@ def measure(ckpt: str, *, device: str, prompt_tokens: int, new_tokens: int, runs
 
 def machine(device: str) -> dict[str, object]:
     """What the numbers belong to."""
-    head, changes = _git("rev-parse", "--verify", "--quiet", "HEAD"), _git("status", "--porcelain")
     facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.split(":")[1].strip() for line in facts if line.startswith("model name")]
     models.append(platform.machine())
-    name = torch.cuda.get_device_name() if device == "cuda" else models[0]
     return {
         "schema": 1,
         "bench": "decode",
-        "device": name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else models[0],
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": head or "unknown",
-        "dirty": changes != "",
-        "date": datetime.date.today().isoformat(),
+        **provenance(),
     }
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def main() -> None:
@@ -73,7 +61,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "decode-cpu.json"), metavar="JSON")
+    parser.add_argument("--out", default=str(RESULTS / "decode-cpu.json"), metavar="JSON")
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     row = measure(
@@ -85,10 +73,7 @@ def main() -> None:
     )
     result = machine(args.device) | {"rows": [row]}
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"| {row['case']} | {result['threads']} x {result['device']} | {row['prefill_tps']:.0f} | "
-        f"{row['decode_tps']:.1f} |"
-    )
+    print(decode_row(result, row))
 
 
 if __name__ == "__main__":
