@@ -90,6 +90,12 @@ __device__ inline void pack(const float (&from)[8], Pairs& v) {
   }
 }
 
+// Keeps the work that makes v before whatever volatile statement comes next.
+__device__ inline void keep_here(Pairs& v) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(v.pair[i]));
+}
+
 // Hides from the compiler that a vector stays the same: it then keeps the packed words, not every value unpacked.
 template <class T, int N>
 __device__ inline void keep_packed(Vector<T, N>& v) {

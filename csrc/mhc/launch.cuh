@@ -5,11 +5,11 @@
 
 namespace dsv4 {
 
-// mhc_decode.cu: up to 8 tokens a launch; `sizes.splits` and `sizes.columns` set.
+// mhc_decode.cu: up to 8 tokens a launch.
 template <class T>
 cudaError_t launch_decode(Tensors<T> tensors, Sizes sizes, cudaStream_t stream);
 
-// mhc_prefill.cu: any number of bf16 tokens in two launches.
+// mhc_prefill.cu: any number of bf16 tokens, two launches for every 4096; `sizes.splits` and `sizes.columns` set.
 cudaError_t launch_prefill(Tensors<bf16> tensors, Sizes sizes, cudaStream_t stream);
 
 }  // namespace dsv4

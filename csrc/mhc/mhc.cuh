@@ -58,10 +58,19 @@ __device__ inline float reciprocal(float x) {
   return y;
 }
 
+// 1 / x of four sums between 1e-7 and 1e7 to a few ulps, by a single reciprocal: a thread alone would wait for four.
+__device__ inline void reciprocals(float (&x)[kStreams]) {
+  const float x01 = x[0] * x[1], x23 = x[2] * x[3], inverse = reciprocal(x01 * x23);
+  const float inverse01 = inverse * x23, inverse23 = inverse * x01;
+  const float x0 = x[0], x2 = x[2];
+  x[0] = inverse01 * x[1];
+  x[1] = inverse01 * x0;
+  x[2] = inverse23 * x[3];
+  x[3] = inverse23 * x2;
+}
+
 // One thread, one 4 x 4 matrix in registers: row softmax + eps, columns, then (rows, columns) iterations - 1 times.
-// Four independent sums a step hide each other's latency; shuffles over 16 lanes would take longer. Once no row is
-// more than an ulp or two away from what its division would leave alone, the rest of the iterations, each smaller than
-// the one before, would change nothing above 1e-6 relative, and is skipped.
+// Four independent sums a step hide each other's latency; shuffles over 16 lanes would take longer.
 __device__ inline void sinkhorn(float (&c)[kStreams][kStreams], int iterations, float eps) {
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) {
@@ -69,28 +78,24 @@ __device__ inline void sinkhorn(float (&c)[kStreams][kStreams], int iterations, 
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) sum += c[j][k] = expf(c[j][k] - top);
-    float inverse = reciprocal(sum);
+    const float inverse = reciprocal(sum);
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) c[j][k] = c[j][k] * inverse + eps;
   }
+  float sums[kStreams];
   for (int round = 0; round < iterations; ++round) {
     if (round > 0) {
-      float change = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kStreams; ++j) {
-        float inverse = reciprocal((c[j][0] + c[j][1]) + (c[j][2] + c[j][3]) + eps);
-        change = fmaxf(change, fabsf(inverse - 1.0f));
+      for (int j = 0; j < kStreams; ++j) sums[j] = (c[j][0] + c[j][1]) + (c[j][2] + c[j][3]) + eps;
+      reciprocals(sums);
 #pragma unroll
-        for (int k = 0; k < kStreams; ++k) c[j][k] *= inverse;
-      }
-      if (change <= 0x1p-22f) return;
+      for (int i = 0; i < kStreams * kStreams; ++i) c[i / kStreams][i % kStreams] *= sums[i / kStreams];
     }
 #pragma unroll
-    for (int k = 0; k < kStreams; ++k) {
-      float inverse = reciprocal((c[0][k] + c[1][k]) + (c[2][k] + c[3][k]) + eps);
+    for (int k = 0; k < kStreams; ++k) sums[k] = (c[0][k] + c[1][k]) + (c[2][k] + c[3][k]) + eps;
+    reciprocals(sums);
 #pragma unroll
-      for (int j = 0; j < kStreams; ++j) c[j][k] *= inverse;
-    }
+    for (int i = 0; i < kStreams * kStreams; ++i) c[i / kStreams][i % kStreams] *= sums[i % kStreams];
   }
 }
 

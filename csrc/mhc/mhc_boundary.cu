@@ -5,7 +5,7 @@
 namespace dsv4 {
 namespace {
 
-// Arguments are checked in ops/mhc. `partial` [tokens, splits, 25] is scratch; the caller chose `splits` for it.
+// Arguments are checked in ops/mhc. `partial` [tokens, splits, 25] is scratch of the kernels for many tokens.
 template <class T>
 cudaError_t launch(const Tensors<T>& tensors, int rows, int64_t tokens, int64_t hidden, int64_t splits,
                    int64_t iterations, double eps, double norm_eps, cudaStream_t stream) {

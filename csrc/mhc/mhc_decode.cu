@@ -78,6 +78,13 @@ __device__ void sum_columns(const Tensors<T>& p, const Sizes& n) {
         rows[j] = load_vector<8>(p.fn + (int64_t(8 * j + g) * kStreams + stream) * n.hidden + column);
       }
     }
+    Pairs b[kRowTiles][kParts];
+#pragma unroll
+    for (int j = 0; j < kRowTiles; ++j) {
+      split_octet(rows[j], b[j]);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) keep_here(b[j][part]);
+    }
     wait_for_launch_before();
     const int64_t at = int64_t(g) * kStreams * n.hidden + column;
     if (valid && kPost) {
@@ -115,16 +122,15 @@ __device__ void sum_columns(const Tensors<T>& p, const Sizes& n) {
     split_octet(x, a);
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {
-      Pairs b[kParts];
-      split_octet(rows[j], b);
       float sum[4] = {};
 #pragma unroll
       for (int part = kParts - 1; part >= 0; --part) {  // the smallest products first
 #pragma unroll
         for (int other = kStreamParts - 1; other >= 0; --other) {
           if (part + other < kParts) {
-            mma_bf16(sum, a[other].pair[0], 0, a[other].pair[1], 0, b[part].pair[0], b[part].pair[1]);
-            mma_bf16(sum, a[other].pair[2], 0, a[other].pair[3], 0, b[part].pair[2], b[part].pair[3]);
+            const uint32_t *x_pair = a[other].pair, *fn_pair = b[j][part].pair;
+            mma_bf16(sum, x_pair[0], 0, x_pair[1], 0, fn_pair[0], fn_pair[1]);
+            mma_bf16(sum, x_pair[2], 0, x_pair[3], 0, fn_pair[2], fn_pair[3]);
           }
         }
       }

@@ -47,8 +47,8 @@ constexpr int kSums = kMixes + 1;  // the dot products, then the square sum
 // kWorkers + 32 threads finish kWorkers / kGroup tokens from `first` on, kOctets octets of columns a thread at most.
 // `load(x, token, column)` gives X' of eight columns, `add(token, from, count, lane)` the sum over `count` splits of a
 // lane's value. The first kAhead octets are loaded before the sums are. Every warp works out the mixes of its token for
-// itself; the last warp does so for all of them, writes post, and runs Sinkhorn while the others make u. A token or
-// column past the end stands for the last one: loads need no branch, and nothing of it is stored.
+// itself; the last warp does so for all of them and runs Sinkhorn while the others make u. A token or column past the
+// end stands for the last one: loads need no branch, and nothing of it is stored.
 template <class T, int kGroup, int kOctets, int kAhead, class Load, class Add>
 __device__ void finish_tokens(const Tensors<T>& p, const Sizes& n, int64_t first, const Load& load, const Add& add) {
   constexpr int kTokens = kWorkers / kGroup, kWarps = kGroup / kWarp, kStep = 2;  // octets read together
@@ -62,8 +62,14 @@ __device__ void finish_tokens(const Tensors<T>& p, const Sizes& n, int64_t first
   auto load_octet = [&](Octet<T>(&x)[kStreams], int octet) {
     load(x, token, min(column_of(octet), n.hidden - 8));
   };
+  constexpr bool kAll = kAhead == kOctets;  // then the norm's weights are read ahead as well
+  Vector<float, 8> weights[kAll ? kOctets : 1] = {};
   Octet<T> ahead[kAhead][kStreams];
   if (worker) {
+    if (kAll && p.norm != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kOctets; ++i) weights[i] = load_vector<8>(p.norm + min(column_of(i), n.hidden - 8));
+    }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load_octet(ahead[i], i);
     // A warp's share of the splits.
@@ -83,12 +89,9 @@ __device__ void finish_tokens(const Tensors<T>& p, const Sizes& n, int64_t first
   };
 
   if (!worker) {
-    if (p.post_out == nullptr) return;
+    if (p.comb_out == nullptr) return;
     for (int of = 0; of < kTokens; ++of) {
       const float logit = logit_of(of);
-      if (first + of < n.tokens && part == 1) {
-        p.post_out[(first + of) * kStreams + lane - kStreams] = 2.0f * sigmoid(logit);
-      }
       if (part == 2 && lane < kMixes) logits[of][lane - 2 * kStreams] = logit;
     }
     __syncwarp();
@@ -107,7 +110,11 @@ __device__ void finish_tokens(const Tensors<T>& p, const Sizes& n, int64_t first
     return;
   }
 
-  const float gate = sigmoid(logit_of(slot)) + n.eps;
+  float gate = sigmoid(logit_of(slot));
+  if (valid && thread < kWarp && part == 1 && p.post_out != nullptr) {
+    p.post_out[token * kStreams + lane - kStreams] = 2.0f * gate;
+  }
+  gate += n.eps;
   float pre[kStreams];
 #pragma unroll
   for (int k = 0; k < kStreams; ++k) pre[k] = __shfl_sync(kFullMask, gate, k);
@@ -151,7 +158,7 @@ __device__ void finish_tokens(const Tensors<T>& p, const Sizes& n, int64_t first
   for (int i = 0; i < kOctets; ++i) {
     if (valid && column_of(i) < n.hidden) {
       if (normalise) {
-        const Vector<float, 8> weight = load_vector<8>(p.norm + column_of(i));
+        const Vector<float, 8> weight = kAll ? weights[i] : load_vector<8>(p.norm + column_of(i));
         float y[8];
         unpack(u[i], y);
 #pragma unroll

@@ -1,8 +1,8 @@
 // rms_norm: ops/norm/reference.py, one pass over each row.
 //
 // One, two, four or eight warps share a row, so that a thread holds at most four 16-byte vectors of it between the sum
-// of squares and the scaling: x is read once and out written once, 4 bytes an element in bf16. Blocks walk over the
-// rows and keep their share of the weight, four times as many bytes as a vector of x, in registers. How a row is
+// of squares and the scaling: x is read once and out written once, 4 bytes an element in bf16. Blocks take a few
+// rows each and keep their share of the weight, twice as many bytes as of x, in registers. How a row is
 // shared follows from the width alone, so its bits do not depend on how many rows there are. Rows that no vector
 // fits, or wider ones, are read twice, value by value.
 // sass rms_norm_kernel: LDG.E.128, STG.E.128
@@ -14,18 +14,19 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // of a row that one thread keeps
 constexpr int kBlocksPerProcessor = 3;
+constexpr int kRounds = 4;
 
 template <class T>
 constexpr int kPerVector = 16 / sizeof(T);
 
-// Sum over the kShare warps of a row, in ascending order. Uniform over the block.
+// Sum over the kShare warps of a row, in ascending order; no other warp is waited for.
 template <int kShare>
 __device__ inline float row_sum(float x, float* scratch) {
   x = warp_sum(x);
   if constexpr (kShare == 1) return x;
   const int warp = threadIdx.x / kWarp, first = warp / kShare * kShare;
   if (threadIdx.x % kWarp == 0) scratch[warp] = x;
-  __syncthreads();
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + warp / kShare), "n"(kShare * kWarp) : "memory");
   float total = 0.0f;
 #pragma unroll
   for (int w = 0; w < kShare; ++w) total += scratch[first + w];
@@ -107,9 +108,11 @@ cudaError_t rms_norm(In x, Maybe<const float> weight, Out out, int64_t rows, int
     auto* from = static_cast<const T*>(x.data);
     auto* to = static_cast<T*>(out.data);
     auto start = [&](auto kernel, int share) {
-      const int64_t blocks = ceil_div(rows, kThreads / kWarp / share), most = int64_t(processors) * kBlocksPerProcessor;
-      kernel<<<unsigned(blocks < most ? blocks : most), kThreads, 0, stream>>>(from, weight.data, to, rows, int(width),
-                                                                              float(eps));
+      // As many blocks as run at once; but no more than kRounds rounds each, so that they end at about the same time.
+      const int64_t steps = ceil_div(rows, kThreads / kWarp / share), at_once = int64_t(processors) * kBlocksPerProcessor;
+      const int64_t least = ceil_div(steps, kRounds), blocks = steps < at_once ? steps : at_once;
+      kernel<<<unsigned(blocks > least ? blocks : least), kThreads, 0, stream>>>(from, weight.data, to, rows,
+                                                                                int(width), float(eps));
     };
     const int64_t warps = ceil_div(width, kPerVector<T> * kVectors * kWarp);
     if (width % kPerVector<T> || warps > 8) {

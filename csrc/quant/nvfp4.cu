@@ -10,8 +10,8 @@
 // What an SM can issue in that time is some 20 instructions a value, so the quotients x / step of the reference are not
 // divisions, yet have their bits (Divisor). They have to: x / step is a midpoint of two codes, or an ulp from one, in
 // many blocks, because a row's scale is a bf16 value / 2688 and 2688 = 2^7 21, so that 3 or 7 times a step may again be
-// a short number. Rounding takes no branch. Blocks out of the ordinary (a step of zero, of extreme size, or
-// too small for its values, infinity, NaN) are read again and rounded value by value, as the reference does it.
+// a short number. So rounding takes no branch. Blocks out of the ordinary (a step of zero, of extreme size, or too
+// small for its values; infinity, NaN) are read again and rounded value by value, as the reference does it.
 // sass quantize_nvfp4_kernel: LDG.E.128, STG.E.64, F2FP.F16.F32.PACK_AB, PRMT
 // sass quantize_nvfp4_tokens_kernel: LDG.E.128, STG.E.64, F2FP.F16.F32.PACK_AB, PRMT
 #include "quant/quant.cuh"
@@ -42,8 +42,8 @@ struct Divisor {
     float about;  // 1 / value within an ulp
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(about) : "f"(divisor));
     below = about * (1 - 0x1p-22f);
-    // Exactly, rest / below is missing + missing^2 + ... The factor is a little more than that, which one divisor
-    // needs, all bits of its mantissa 1.
+    // With e = 1 - value * below, 2^-24 to 2^-21, rest / below is e + e^2 + ... The factor is a little more than 1 + e:
+    // 1 / value is never missed from below, which matters for one mantissa, of ones only.
     rest = below * fmaf(-value, below, 1.0f) * (1 + 0x1p-20f);
     nearest = below + rest;
   }

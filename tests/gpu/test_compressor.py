@@ -63,11 +63,11 @@ ODD = [
     Kind(128, 72, False, 64),
     Kind(130, 264, True, 64),
     Kind(600, 40, False, 8),
-    Kind(24, 64, True, 8),
     Kind(16, 1040, True, 64),
+    Kind(24, 64, True, 8),
 ]
-# The last has six groups of slots; the one before it clusters, with two windows that read the tail.
-CUTS = [CSA, INDEX, HCA, Kind(8, 8, False, 2), Kind(3, 24, True, 24), Kind(16, 1040, True, 64), Kind(24, 64, True, 8)]
+# The last two have clusters with two windows that read the tail, and six groups of slots.
+CUTS = [CSA, INDEX, HCA, Kind(8, 8, False, 2), Kind(3, 24, True, 24), *ODD[-2:]]
 
 
 def name(kind: Kind) -> str:

@@ -94,10 +94,11 @@ def test_nvfp4_close_to_ties(cuda_normal: Normal) -> None:
 
 @DTYPES
 def test_nvfp4_of_short_numbers(dtype: torch.dtype, cuda_normal: Normal) -> None:
-    """Few bits: quotients on midpoints or an ulp beside. 7 and 3 divide 2688, so short maxima bring short steps."""
+    """Quotients on midpoints and an ulp beside: 2688 is 2^7 21, so 3 or 7 steps may be a short number."""
     most = torch.arange(128, 256, device="cuda")[:, None, None]
     share = torch.arange(64, device="cuda")[None, :, None] + 1  # of a row's maximum, the largest of a block
-    x = (cuda_normal(128, 64, 16) * 60).round() * torch.exp2((2 * cuda_normal(128, 64, 16)).round())
+    odd = 2 * (cuda_normal(128, 64, 16) * 2).round() + 1
+    x = most * odd * torch.exp2((2 * cuda_normal(128, 64, 16)).round() - 6)
     x = torch.minimum(x.abs(), most * share / 64) * x.sign()
     x[..., :1] = most * share / 64
     x = x.flatten(1).to(dtype)
@@ -105,7 +106,7 @@ def test_nvfp4_of_short_numbers(dtype: torch.dtype, cuda_normal: Normal) -> None
     scale = torch.exp2(torch.arange(128, device="cuda") % 40 - 20.0)[:, None]
     powers = scale * torch.exp2(torch.arange(256, device="cuda") % 16 - 13.0)
     powers[:, ::16] = 6 * scale
-    for ulps in range(-3, 4):  # a step of 24 ones is the closest that a quotient comes to be rounded to a midpoint
+    for ulps in range(-3, 4):  # at -1 a step of 24 ones: no quotient is closer to being rounded to a midpoint
         near = (scale.view(torch.int32) + ulps).view(torch.float32)
         assert_same(lambda room, s=near: room.quantize_nvfp4(powers.to(dtype), s), f"{ulps} {dtype}")
 

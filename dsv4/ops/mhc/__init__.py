@@ -151,10 +151,13 @@ def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _partial(x: Tensor) -> tuple[Tensor, int]:
-    """Room for the sums of each block of columns, [tokens at once, splits, 25] f32, and how many blocks."""
+    """Room for the sums of each block of columns, [tokens at once, splits, 25] f32, and how many blocks.
+
+    Up to 8 tokens, and f32, need none: their kernel has its own.
+    """
     tokens, _, hidden = x.shape
     if tokens <= DECODE_TOKENS or x.dtype == torch.float32:
-        splits, tokens = 128, min(tokens, DECODE_TOKENS)
-    else:  # the smallest power of two that leaves a block 256 columns at most
-        splits, tokens = 1 << max(0, (hidden - 1).bit_length() - 8), min(tokens, SLICE_TOKENS)
-    return torch.empty((tokens, splits, 25), dtype=torch.float32, device=x.device), splits
+        return torch.empty(0, dtype=torch.float32, device=x.device), 1
+    # The smallest power of two that leaves a block 256 columns at most.
+    splits = 1 << max(0, (hidden - 1).bit_length() - 8)
+    return torch.empty((min(tokens, SLICE_TOKENS), splits, 25), dtype=torch.float32, device=x.device), splits
