@@ -68,13 +68,15 @@ def ops_table(name: str, result: dict[str, Any]) -> str:
     )
     if not result["complete"]:
         above += "The run ended before every case was measured.\n"
-    return above + table(["| op | case | us | GB/s (of reading) | target |", *map(ops_row, result["rows"])])
+    rows = [row for row in result["rows"] if row["target"] is not None]
+    above += f"The {len(rows)} cases that have a target, of the {len(result['rows'])} in the file.\n"
+    return above + table(["| op | case | us | GB/s (of reading) | target |", *map(ops_row, rows)])
 
 
 def ops_row(row: dict[str, Any]) -> str:
-    rate = f"{row['bytes'] / row['us'] / 1e3:.0f} ({row['percent']:.0f} %)"
-    verdict = {True: ": met", False: ": missed", None: ""}[row["met"]]
-    return f"| {row['op']} | {row['case']} | {row['us']:.2f} | {rate} | {row['target'] or ''}{verdict} |"
+    rate = f"{row['bytes'] / row['us'] / 1e3:.0f} ({row['percent']:.1f} %)"
+    verdict = "met" if row["met"] else "missed"
+    return f"| {row['op']} | {row['case']} | {row['us']:.2f} | {rate} | {row['target']}: {verdict} |"
 
 
 def table(lines: list[str]) -> str:
