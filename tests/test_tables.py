@@ -54,7 +54,7 @@ def test_a_table_replaces_what_stood_between_its_markers() -> None:
 
 
 def test_operations_get_a_table_of_their_own() -> None:
-    """After the last table the first time, in its place from then on; cases without a target stay in the file."""
+    """After the last table the first time, in its place from then on; only cases that have a target."""
     results = {"decode-x": decode_result(), "ops-x9": ops_result()}
     filled = fill(MARKERS, results)
     block = (
