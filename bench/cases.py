@@ -97,7 +97,7 @@ def quantize_nvfp4_tokens(sizes: Sizes, tokens: int) -> Case:
         op="quantize_nvfp4_tokens",
         case=tokens_of(tokens, sizes),
         inputs=lambda draw: (draw.normal(tokens, sizes.hidden),),
-        call=lambda x: quant.quantize_nvfp4_tokens(x),
+        call=quant.quantize_nvfp4_tokens,
         target=if_large(tokens, ">= 80 %"),
     )
 
@@ -112,7 +112,7 @@ def quantize_nvfp4(sizes: Sizes, tokens: int) -> Case:
         op="quantize_nvfp4",
         case=f"given scale, {tokens_of(tokens, sizes)}",
         inputs=inputs,
-        call=lambda x, global_scale: quant.quantize_nvfp4(x, global_scale),
+        call=quant.quantize_nvfp4,
         target=if_large(tokens, ">= 80 %"),
     )
 
@@ -123,7 +123,7 @@ def quantize_fp8(sizes: Sizes, tokens: int) -> Case:
         op="quantize_fp8",
         case=tokens_of(tokens, sizes),
         inputs=lambda draw: (draw.normal(tokens, sizes.hidden),),
-        call=lambda x: quant.quantize_fp8(x),
+        call=quant.quantize_fp8,
         target=if_large(tokens, ">= 80 %"),
     )
 
@@ -144,7 +144,7 @@ def round_index(sizes: Sizes, tokens: int) -> Case:
         op="round_index",
         case=f"queries, {tokens_of(tokens)}",
         inputs=lambda draw: (draw.normal(tokens, sizes.index_heads, sizes.index_dim),),
-        call=lambda x: quant.round_index(x),
+        call=quant.round_index,
     )
 
 

@@ -5,7 +5,6 @@ table and writes one JSON with the machine, the versions and every run.
 """
 
 import argparse
-import json
 import platform
 import statistics
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 import dsv4
-from bench.harness import RESULTS, ROOT, provenance
+from bench.harness import RESULTS, ROOT, provenance, save
 from bench.tables import decode_row
 
 
@@ -61,9 +60,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--out", default=str(RESULTS / "decode-cpu.json"), metavar="JSON")
+    parser.add_argument("--out", default=RESULTS / "decode-cpu.json", type=Path, metavar="JSON")
     args = parser.parse_args()
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     row = measure(
         args.ckpt,
         device=args.device,
@@ -72,7 +70,7 @@ def main() -> None:
         runs=args.runs,
     )
     result = machine(args.device) | {"rows": [row]}
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(args.out, result)
     print(decode_row(result, row))
 
 
