@@ -3,7 +3,7 @@
 PYTHON ?= python3
 ENV = $(PYTHON) tools/make_env.py
 
-.PHONY: demo test lint check-kernels gpu-test gpu-sanitize bench quality env clean
+.PHONY: demo test lint check-kernels gpu-test gpu-sanitize gpu-memcheck gpu-racecheck bench quality env clean
 
 demo:
 	python=$$($(ENV)) && "$$python" single_shot_inference.py --temperature 0.7
@@ -26,12 +26,13 @@ gpu-test:
 	python=$$($(ENV) pytest) && "$$python" -m pytest $(GPU_TESTS) --gpu-record
 
 # Every tensor gets an allocation of its own, so that reading past its end is seen. Without torch's allocator nothing can
-# be captured in a graph, which is all that the benchmarks' test does; the whole model would take too long.
+# be captured in a graph, which is all that the benchmarks' test does; the whole model would take too long. With -j2
+# both tools run at once, and several rooms may run beside each other.
 SANITIZED = $(GPU_TESTS) --small --ignore=tests/gpu/test_bench.py --ignore=tests/gpu/test_model.py
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dsv4 --error-exitcode 1
-gpu-sanitize:
-	python=$$($(ENV) pytest) && $(SANITIZER) --tool memcheck "$$python" -m pytest $(SANITIZED)
-	python=$$($(ENV) pytest) && $(SANITIZER) --tool racecheck "$$python" -m pytest $(SANITIZED)
+gpu-sanitize: gpu-memcheck gpu-racecheck
+gpu-memcheck gpu-racecheck:
+	python=$$($(ENV) pytest) && $(SANITIZER) --tool $(@:gpu-%=%) "$$python" -m pytest $(SANITIZED)
 
 bench:
 	python=$$($(ENV)) && "$$python" -m bench.ops $(if $(ROOM),--room $(ROOM)) && "$$python" -m bench.tables

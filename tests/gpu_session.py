@@ -1,12 +1,14 @@
 """What a test session does about GPUs: three counts at its end, `--small`, and the record of `--gpu-record`.
 
 `--small` keeps the tests of tests/gpu that compute-sanitizer can run in minutes: sizes of the tiny model, at
-most 7 tokens, nothing marked `large`. `--gpu-record` writes tests/gpu_record.json (see gpu_record.py).
+most 7 tokens, nothing marked `large`; and of each test function every value of every parameter, but not every
+combination. `--gpu-record` writes tests/gpu_record.json (see gpu_record.py).
 """
 
 import importlib
 import pkgutil
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -30,6 +32,38 @@ def is_large(item: pytest.Item) -> bool:
         or any(isinstance(value, Sizes) and value != TINY for value in params.values())
         or (isinstance(tokens, int) and tokens > SMALL_TOKENS)
     )
+
+
+def values_of(item: pytest.Item) -> list[tuple[str, str]]:
+    """A test's parameters, by names and values; what one ``parametrize`` gives together stays together."""
+    found = []
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        found.append((",".join(names), repr([item.callspec.params[name.strip()] for name in names])))
+    return found
+
+
+def spread(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Of each test function as few as have every value of every parameter, each as often as the others."""
+    functions: dict[str, list[tuple[pytest.Item, list[tuple[str, str]]]]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append((item, values_of(item)))
+    kept = []
+    for left in functions.values():
+        used: Counter[tuple[str, str]] = Counter()
+
+        def worth(values: list[tuple[str, str]], used: Counter[tuple[str, str]] = used) -> tuple[int, int]:
+            uses = [used[value] for value in values]
+            return uses.count(0), -sum(uses)
+
+        while left:
+            best = max(left, key=lambda pair: worth(pair[1]))
+            if best[1] and not worth(best[1])[0]:
+                break
+            left.remove(best)
+            kept.append(best[0])
+            used.update(best[1])
+    return kept
 
 
 def room_results(outcomes: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -65,9 +99,10 @@ class GpuSession:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         if self.small:
-            large = [item for item in items if item.get_closest_marker("gpu") and is_large(item)]
-            config.hook.pytest_deselected(items=large)
-            items[:] = [item for item in items if item not in set(large)]
+            on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+            left_out = set(on_gpu).difference(spread(item for item in on_gpu if not is_large(item)))
+            config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+            items[:] = [item for item in items if item not in left_out]
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.partial.update(room_of(item.path.name) for item in items if item.get_closest_marker("gpu"))

@@ -67,19 +67,19 @@ def test_a_wrong_kernel_is_named(
 ) -> None:
     """From the second chunk on, weights of one token are swapped."""
 
-    def topk_gate(logits: Tensor, bias: Tensor, *, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
-        weights, experts = router_reference.topk_gate(logits, bias, top_k=top_k, scale=scale)
-        if logits.shape[0] == 4:
+    def route_topk(x: Tensor, *args: Any, **rest: Any) -> tuple[Tensor, Tensor]:
+        weights, experts = router_reference.route_topk(x, *args, **rest)
+        if x.shape[0] == 4:
             weights[-1] = weights[-1].flip(0)
         return weights, experts
 
-    monkeypatch.setattr(dsv4.layers.moe, "topk_gate", as_kernel(topk_gate, router_reference.topk_gate))
+    monkeypatch.setattr(dsv4.layers.moe, "route_topk", as_kernel(route_topk, router_reference.route_topk))
     routed = next(i for i, block in enumerate(engine.model.blocks) if block.ffn.router.bias is not None)
     finding = first_fault(run(engine))
     assert finding.place == f"layer {routed}, tokens 20 to 23"
-    assert (finding.op.room, finding.op.name, finding.output) == ("probe", "topk_gate", 0)
+    assert (finding.op.room, finding.op.name, finding.output) == ("probe", "route_topk", 0)
     assert 3e-5 == finding.tolerance < finding.error < 1
-    assert str(finding).startswith(f"{finding.place}: probe.topk_gate, output 0: error ")
+    assert str(finding).startswith(f"{finding.place}: probe.route_topk, output 0: error ")
 
 
 def test_errors_do_not_travel(

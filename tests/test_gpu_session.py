@@ -8,7 +8,7 @@ import gpu_session
 import pytest
 import torch
 from gpu_record import read_record, room_key, stale_rooms
-from gpu_session import GpuSession, is_large, room_results
+from gpu_session import GpuSession, is_large, room_results, spread
 from shapes import FLASH, TINY
 
 import bench.harness
@@ -138,3 +138,44 @@ def test_small_cases() -> None:
     for large in ({"sizes": FLASH}, {"tokens": 8}, {"sizes": FLASH, "tokens": 1}, {"a": TINY, "tokens": 137}):
         assert is_large(item(path, **large))
     assert is_large(item(path, "gpu large", sizes=TINY))
+
+
+def test_small_cases_have_every_value_but_not_every_combination() -> None:
+    """Values given together count as one; what has no parameters stays; each function is for itself."""
+
+    def found(node: str, names: tuple[str, ...] = (), **params: int) -> Any:
+        marks = [SimpleNamespace(args=(argument,)) for argument in names]
+        spec = SimpleNamespace(params=params)
+        return SimpleNamespace(nodeid=node, iter_markers=lambda name: marks, callspec=spec)
+
+    widths = [
+        found(f"f::a[{w}-{d}]", ("dtype", "width"), width=w, dtype=d) for w in range(5) for d in range(2)
+    ]
+    pairs = [found(f"f::b[{n}]", ("rows, columns",), rows=n % 2, columns=n // 2) for n in range(4)]
+    plain = found("f::c")
+    kept = spread([*widths, *pairs, plain])
+    assert kept[5:] == [*pairs, plain]
+    params = [item.callspec.params for item in kept[:5]]
+    assert sorted(chosen["width"] for chosen in params) == [0, 1, 2, 3, 4]
+    assert sorted(chosen["dtype"] for chosen in params) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+
+
+def test_a_small_session() -> None:
+    """What is left out is reported to pytest; tests without a GPU are not left out."""
+
+    class Item(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    def found(number: int, marks: str) -> Any:
+        marker = {mark: mark for mark in marks.split()}.get
+        return Item(
+            nodeid=f"test_add.py::test_{number}", get_closest_marker=marker, iter_markers=lambda name: []
+        )
+
+    reported: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: reported.extend(items))
+    plugin = GpuSession(SimpleNamespace(getoption={"--small": True}.get))
+    items = [found(0, "gpu large"), found(1, "gpu"), found(2, "large")]
+    left = list(items)
+    plugin.pytest_collection_modifyitems(SimpleNamespace(hook=hook), left)
+    assert (left, reported) == (items[1:], items[:1])

@@ -22,6 +22,7 @@ from torch import Tensor
 import dsv4
 from dsv4.cache import SequenceCache
 from dsv4.device import DEVICES
+from dsv4.layers.block import Block, run_blocks
 from dsv4.model import Transformer
 from dsv4.numerics import ACTIVATIONS, DTYPES, WEIGHTS
 from dsv4.ops.dispatch import Op, listen, use_reference
@@ -35,7 +36,7 @@ SUMS = ("gemm", "moe", "indexer", "attention")
 # Of indices, how many may differ, where two scores tie but for their last bits: 2, or one in 1000.
 TIES, TIE_SHARE = 2, 1e-3
 
-Step = Callable[[Any, SequenceCache], Any]
+Step = Callable[[Any, SequenceCache], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,20 @@ class Finding:
 
 
 def steps(model: Transformer, ids: Tensor, start: int) -> Iterator[tuple[str, Step]]:
-    """``Transformer.forward`` and ``logits`` in pieces: name, and a function of the last piece's result."""
+    """``Transformer.forward`` and ``logits`` in pieces: name, and a function of the streams so far.
+
+    Each block runs as a stack of its own: from streams to streams, which a whole pass makes at its end alone.
+    """
     positions = torch.arange(start, start + ids.shape[0], device=ids.device)
     streams, dtype = model.config.num_streams, model.dtype
     yield "embedding", lambda _, cache: embed_streams(ids, model.embed, num_streams=streams, dtype=dtype)
     for index, block in enumerate(model.blocks):
 
-        def layer(last: Any, cache: SequenceCache, index: int = index, block: Any = block) -> Any:
-            entry = block.attn_hc.follow(*last) if index else block.attn_hc.enter(last)
-            return block.forward(entry, ids, positions, cache.layers[index], start)
+        def layer(x: Tensor, cache: SequenceCache, index: int = index, block: Block = block) -> Tensor:
+            return run_blocks(x, [block], ids, positions, [cache.layers[index]], start)
 
         yield f"layer {index}", layer
-    yield "head", lambda last, cache: model.logits(last[0].leave(last[1]))
+    yield "head", lambda x, cache: model.logits(x)
 
 
 def compare(

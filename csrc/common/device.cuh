@@ -90,18 +90,15 @@ __device__ inline void pack(const float (&from)[8], Pairs& v) {
   }
 }
 
-// Keeps the work that makes v before whatever volatile statement comes next.
+// Keeps the work that makes v before whatever volatile statement comes next, and hides from the compiler that v stays
+// the same: it then keeps the packed words, not every value unpacked.
 __device__ inline void keep_here(Pairs& v) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(v.pair[i]));
 }
-
-// Hides from the compiler that a vector stays the same: it then keeps the packed words, not every value unpacked.
-template <class T, int N>
-__device__ inline void keep_packed(Vector<T, N>& v) {
-  static_assert(N * sizeof(T) % 4 == 0);
+__device__ inline void keep_here(Vector<float, 8>& v) {
 #pragma unroll
-  for (int i = 0; i < int(N * sizeof(T) / 4); ++i) asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&v)[i]));
+  for (int i = 0; i < 8; ++i) asm volatile("" : "+f"(v[i]));
 }
 
 // Copy 16 bytes from global to shared memory without a register; `valid` false writes zeros and reads nothing.
@@ -117,11 +114,6 @@ __device__ inline void wait_async_copies() { asm volatile("cp.async.wait_all;" :
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
-  return x;
-}
-__device__ inline float warp_max(float x) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, step));
   return x;
 }
 

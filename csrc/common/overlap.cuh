@@ -5,26 +5,12 @@
 
 namespace dsv4 {
 
-// Once every block of this launch has called this or ended, blocks of the next launch may start, if it was started by
-// launch_overlapping.
+// Once every block of this launch has called this or ended, blocks of the next launch may start, if its Grid says so
+// (common/launch.cuh).
 __device__ inline void let_next_launch_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // Until the launch before has ended and all it wrote can be read. Before this only what no recent launch writes may be
 // read, and nothing may be written.
 __device__ inline void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-template <class... Params, class... Args>
-cudaError_t launch_overlapping(void (*kernel)(Params...), int blocks, int threads, cudaStream_t stream, Args... args) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(unsigned(threads));
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
-}
 
 }  // namespace dsv4

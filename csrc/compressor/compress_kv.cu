@@ -23,6 +23,7 @@
 // sass compress_kv_kernel: LDG.E.64, LDGSTS.E.BYPASS.128, LDS.128, STG.E.128, UCGABAR, SYNCS
 #include "common/cluster.cuh"
 #include "common/device.cuh"
+#include "common/launch.cuh"
 #include "common/rotary.cuh"
 
 namespace dsv4 {
@@ -466,14 +467,15 @@ Split split_window(int64_t slots, int64_t width) {
 }
 
 template <class T, bool overlap>
-cudaError_t launch(int64_t clusters, cudaStream_t stream, const Call& call, const Finish<T>& finish,
-                   const Split& split) {
+cudaError_t launch_windows(int64_t clusters, cudaStream_t stream, const Call& call, const Finish<T>& finish,
+                           const Split& split) {
   static const cudaError_t opted_in = cudaFuncSetAttribute(
       compress_kv_kernel<T, overlap>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(kMaxThreads));
   if (opted_in != cudaSuccess) return opted_in;
   const int threads = split.groups << split.group_bits;
-  return launch_clusters(compress_kv_kernel<T, overlap>, clusters, 1 << split.rank_bits, threads,
-                         shared_bytes(threads), stream, call, finish, split);
+  const int ranks = 1 << split.rank_bits;
+  const Grid grid = {.blocks = clusters * ranks, .threads = threads, .shared = shared_bytes(threads), .cluster = ranks};
+  return launch(compress_kv_kernel<T, overlap>, grid, stream, call, finish, split);
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -502,8 +504,8 @@ cudaError_t compress_kv(const float* kv, const float* gate, const float* ape, fl
     const Finish<T> finish{norm,        inv_freq,           static_cast<T*>(out.data), start - pending,
                            int(rotary), 1.0f / float(width), float(eps)};
     const int64_t clusters = 1 + windows - from_tail;
-    return overlap ? launch<T, true>(clusters, stream, call, finish, split)
-                   : launch<T, false>(clusters, stream, call, finish, split);
+    return overlap ? launch_windows<T, true>(clusters, stream, call, finish, split)
+                   : launch_windows<T, false>(clusters, stream, call, finish, split);
   });
 }
 

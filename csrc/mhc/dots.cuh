@@ -6,6 +6,7 @@
 // have one part, f32 streams three as well.
 #pragma once
 
+#include "common/mma.cuh"
 #include "mhc/mhc.cuh"
 
 namespace dsv4 {
@@ -13,14 +14,6 @@ namespace dsv4 {
 constexpr int kChunk = 32;             // columns
 constexpr int kRowTiles = kMixes / 8;  // n-tiles of the MMA
 constexpr int kParts = 3;
-
-__device__ inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Eight f32 values as three bf16 parts whose sum is exact.
 __device__ inline void split_octet(const Vector<float, 8>& v, Pairs (&parts)[kParts]) {

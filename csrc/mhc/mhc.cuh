@@ -11,7 +11,19 @@ constexpr int kMixes = kStreams * (2 + kStreams);   // rows of fn: pre, post, co
 
 __device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 
-// X'[k] = post[k] y + sum_j comb[j][k] X[j] for eight columns, in place, rounded to T once. `c`: post, then comb.
+// X'[k] = post[k] y + sum_j comb[j][k] X[j] of eight columns, for one k: weight[j] = comb[j][k], post = post[k].
+__device__ inline void mix_stream(const float (&weight)[kStreams], float post, const float (&from)[kStreams][8],
+                                  const float (&added)[8], float (&to)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    to[i] = weight[0] * from[0][i];
+#pragma unroll
+    for (int j = 1; j < kStreams; ++j) to[i] = fmaf(weight[j], from[j][i], to[i]);
+    to[i] = fmaf(post, added[i], to[i]);
+  }
+}
+
+// All of X', in place, rounded to T once. `c`: post, then comb row by row.
 template <class V>
 __device__ inline void mix_streams(const float (&c)[kCoefficients], const V& y, V (&x)[kStreams]) {
   float from[kStreams][8], added[8];
@@ -20,14 +32,10 @@ __device__ inline void mix_streams(const float (&c)[kCoefficients], const V& y, 
   unpack(y, added);
 #pragma unroll
   for (int k = 0; k < kStreams; ++k) {
-    float to[8];
+    float weight[kStreams], to[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      to[i] = c[kStreams + k] * from[0][i];
-#pragma unroll
-      for (int j = 1; j < kStreams; ++j) to[i] = fmaf(c[kStreams + kStreams * j + k], from[j][i], to[i]);
-      to[i] = fmaf(c[k], added[i], to[i]);
-    }
+    for (int j = 0; j < kStreams; ++j) weight[j] = c[kStreams + kStreams * j + k];
+    mix_stream(weight, c[k], from, added, to);
     pack(to, x[k]);
   }
 }

@@ -15,6 +15,7 @@
 // Floor at one token, D = 4096: 1.6 MB, 0.4 us. Expected 5 us: launch 0.7, one latency of L2 0.8, dots and reduction 0.5,
 // a store and a load through L2 0.9, mixes 0.3, Sinkhorn 1 on one thread.
 // sass mhc_decode_kernel: HMMA.16816.F32.BF16, LDG.E.128, STG.E.128
+#include "common/launch.cuh"
 #include "common/overlap.cuh"
 #include "mhc/dots.cuh"
 #include "mhc/launch.cuh"
@@ -98,18 +99,12 @@ __device__ void sum_columns(const Tensors<T>& p, const Sizes& n) {
       x = load_octet(p.x + at + int64_t(stream) * n.hidden);
     }
     asm volatile("" ::: "memory");
-    if constexpr (kPost) {  // as mix_streams, one stream of it
-      float to[8], added[8];
+    if constexpr (kPost) {
+      float values[kStreams][8], added[8], to[8];
 #pragma unroll
-      for (int j = 0; j < kStreams; ++j) {
-        float values[8];
-        unpack(from[j], values);
-#pragma unroll
-        for (int c = 0; c < 8; ++c) to[c] = j == 0 ? weight[0] * values[c] : fmaf(weight[j], values[c], to[c]);
-      }
+      for (int j = 0; j < kStreams; ++j) unpack(from[j], values[j]);
       unpack(y, added);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) to[c] = fmaf(post, added[c], to[c]);
+      mix_stream(weight, post, values, added, to);
       pack(to, x);
       if (valid) store_octet(p.x_out + at + int64_t(stream) * n.hidden, x);
     }
@@ -158,17 +153,18 @@ __global__ void __launch_bounds__(kThreads, 1) mhc_decode_kernel(const Tensors<T
   const int token = blockIdx.x - kMaxSplits;
   float c[kCoefficients];
   if constexpr (kPost) load_coefficients(c, p.post + token * kStreams, p.comb + token * kStreams * kStreams);
-  auto load = [&](Octet<T>(&x)[kStreams], int64_t, int column) {
+  auto load = [&](Octet<T>(&x)[kStreams], int column) {
     const T* at = p.x + int64_t(token) * kStreams * n.hidden + column;
 #pragma unroll
     for (int k = 0; k < kStreams; ++k) x[k] = load_octet(at + k * n.hidden);
     if constexpr (kPost) mix_streams(c, load_octet(p.y + int64_t(token) * n.hidden + column), x);
   };
-  auto add = [&](int64_t, int from, int, int lane) {
-    return lane < kSums ? receive<kMaxSplits / (kWorkers / kWarp), kWarp>(&sums_of_blocks[token][from][lane]) : 0.0f;
+  auto add = [&](int warp, int lane) {
+    constexpr int kShare = kMaxSplits / (kWorkers / kWarp);
+    return lane < kSums ? receive<kShare, kWarp>(&sums_of_blocks[token][warp * kShare][lane]) : 0.0f;
   };
   constexpr int kAhead = sizeof(T) == 2 ? kOctets : 2;  // as many octets as registers hold
-  finish_tokens<T, kWorkers, kOctets, kAhead>(p, n, token, load, add);
+  finish_token<T, kOctets, kAhead>(p, n, token, load, add);
 }
 
 }  // namespace
@@ -183,7 +179,8 @@ cudaError_t launch_decode(Tensors<T> tensors, Sizes sizes, cudaStream_t stream) 
     Tensors<T> part = tensors.from(first, sizes.hidden);
     sizes.tokens = int(tokens - first < kMaxTokens ? tokens - first : kMaxTokens);
     auto start = [&](auto kernel) {
-      return launch_overlapping(kernel, kMaxSplits + sizes.tokens, kThreads, stream, part, sizes);
+      const Grid grid = {.blocks = kMaxSplits + sizes.tokens, .threads = kThreads, .overlap = true};
+      return launch(kernel, grid, stream, part, sizes);
     };
     cudaError_t error;
     if (tensors.y != nullptr) {

@@ -11,6 +11,14 @@
 namespace dsv4 {
 namespace {
 
+// Hides from the compiler that a vector stays the same: it then keeps the packed words, not every value unpacked.
+template <class T, int N>
+__device__ inline void keep_packed(Vector<T, N>& v) {
+  static_assert(N * sizeof(T) % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < int(N * sizeof(T) / 4); ++i) asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&v)[i]));
+}
+
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // of a row that one thread keeps
 constexpr int kBlocksPerProcessor = 3;

@@ -57,9 +57,12 @@ struct Piece {
     scale = scale_of(most);
   }
 
-  __device__ uint32_t codes(int i) const {  // of values i and i + 1
+  __device__ void codes(uint32_t (&pairs)[kValues / 2]) const {
     const float factor = reciprocal_power(scale);
-    return to_e4m3_pair(values[i] * factor, values[i + 1] * factor);
+    float x[kValues];
+    unpack(values, x);
+#pragma unroll
+    for (int i = 0; i < kValues / 2; ++i) pairs[i] = to_e4m3_pair(x[2 * i] * factor, x[2 * i + 1] * factor);
   }
 };
 
@@ -68,9 +71,11 @@ __global__ void __launch_bounds__(kMaxThreads)
     quantize_fp8_kernel(const T* __restrict__ x, uint8_t* __restrict__ codes, uint8_t* __restrict__ scales, Rows rows) {
   const Piece<T> piece(x, rows);
   if (!piece.exists) return;
+  uint32_t pairs[kValues / 2];
+  piece.codes(pairs);
   Vector<uint32_t, 4> out;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = piece.codes(4 * i) | piece.codes(4 * i + 2) << 16;
+  for (int i = 0; i < 4; ++i) out[i] = pairs[2 * i] | pairs[2 * i + 1] << 16;
   store_vector(reinterpret_cast<uint32_t*>(codes + piece.row * rows.width + piece.first), out);
   const int block = piece.first / kValues >> rows.shift;
   if (block << rows.shift == piece.first / kValues) scales[piece.row * rows.blocks + block] = uint8_t(piece.scale);
@@ -83,11 +88,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (!piece.exists) return;
   if (piece.is_rounded) {
     const float scale = power_of_two(piece.scale);
+    uint32_t pairs[kValues / 2];
+    piece.codes(pairs);
+    float y[kValues];
 #pragma unroll
-    for (int i = 0; i < kValues; i += 2) {
-      float2 pair = from_e4m3_pair(piece.codes(i));
-      piece.values.set_pair(i, pair.x * scale, pair.y * scale);
+    for (int i = 0; i < kValues / 2; ++i) {
+      const float2 pair = from_e4m3_pair(pairs[i]);
+      y[2 * i] = pair.x * scale, y[2 * i + 1] = pair.y * scale;
     }
+    pack(y, piece.values);
   }
   store_values(out + piece.row * rows.width + piece.first, piece.values);
 }

@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kThreads)
   Values<T> values = {};
   if (piece < pieces) values = load_values(x + piece * kValues);
   float y[kValues];
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) y[i] = values[i];
+  unpack(values, y);
   rotate_row(y, lanes);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) y[i] = rounded<T>(y[i] * factor);
@@ -63,8 +62,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kValues; ++i) y[i] = round_e2m1(y[i] * reciprocal_power(scale)) * power_of_two(scale);
   }
-#pragma unroll
-  for (int i = 0; i < kValues; i += 2) values.set_pair(i, y[i], y[i + 1]);
+  pack(y, values);
   if (piece < pieces) store_values(out + piece * kValues, values);
 }
 

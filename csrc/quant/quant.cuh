@@ -10,62 +10,56 @@ constexpr int kValues = 16;  // of a thread: a block of NVFP4, 32 bytes of bf16
 // 16 consecutive values of bf16 or f32 as they lie in memory.
 template <class T>
 struct Values {
-  static constexpr int kWords = kValues * sizeof(T) / 4;
-  uint32_t words[kWords];
-
-  __device__ float operator[](int i) const {
-    if constexpr (sizeof(T) == 4) return __uint_as_float(words[i]);
-    return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
-  }
-
-  // Values i and i + 1, i even, rounded to T.
-  __device__ void set_pair(int i, float a, float b) {
-    if constexpr (sizeof(T) == 4) {
-      words[i] = __float_as_uint(a);
-      words[i + 1] = __float_as_uint(b);
-    } else {
-      __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-      words[i / 2] = reinterpret_cast<const uint32_t&>(pair);
-    }
-  }
+  Octet<T> halves[2];
 };
 
 template <class T>
 __device__ inline Values<T> load_values(const T* from) {
-  Values<T> x;
-#pragma unroll
-  for (int w = 0; w < Values<T>::kWords; w += 4) {
-    auto part = load_vector<4>(reinterpret_cast<const uint32_t*>(from) + w);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x.words[w + i] = part[i];
-  }
-  return x;
+  return {load_octet(from), load_octet(from + 8)};
 }
 
 template <class T>
 __device__ inline void store_values(T* to, const Values<T>& x) {
+  store_octet(to, x.halves[0]);
+  store_octet(to + 8, x.halves[1]);
+}
+
+template <class T>
+__device__ inline void unpack(const Values<T>& x, float (&to)[kValues]) {
 #pragma unroll
-  for (int w = 0; w < Values<T>::kWords; w += 4) {
-    Vector<uint32_t, 4> part = {x.words[w], x.words[w + 1], x.words[w + 2], x.words[w + 3]};
-    store_vector(reinterpret_cast<uint32_t*>(to) + w, part);
+  for (int half = 0; half < 2; ++half) {
+    float eight[8];
+    unpack(x.halves[half], eight);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[8 * half + i] = eight[i];
+  }
+}
+// Rounded to T.
+template <class T>
+__device__ inline void pack(const float (&from)[kValues], Values<T>& x) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float eight[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) eight[i] = from[8 * half + i];
+    pack(eight, x.halves[half]);
   }
 }
 
 // Magnitudes are compared by their fp32 bits, as unsigned integers: the same order, and NaN above infinity.
 __device__ inline unsigned magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-template <class T>
-__device__ inline unsigned largest_magnitude(const Values<T>& x) {
+__device__ inline unsigned largest_magnitude(const Values<float>& x) {
   unsigned most = 0;
 #pragma unroll
-  for (int w = 0; w < Values<T>::kWords; ++w) {
-    if constexpr (sizeof(T) == 4) {
-      most = max(most, x.words[w] & 0x7fffffffu);
-    } else {
-      most = __vmaxu2(most, x.words[w] & 0x7fff7fffu);
-    }
-  }
-  return sizeof(T) == 4 ? most : max(most << 16, most & 0xffff0000u);
+  for (int i = 0; i < kValues; ++i) most = max(most, magnitude(x.halves[i / 8][i % 8]));
+  return most;
+}
+__device__ inline unsigned largest_magnitude(const Values<bf16>& x) {
+  unsigned most = 0;  // of the low and of the high values of all pairs
+#pragma unroll
+  for (int i = 0; i < kValues / 2; ++i) most = __vmaxu2(most, x.halves[i / 4].pair[i % 4] & 0x7fff7fffu);
+  return max(most << 16, most & 0xffff0000u);
 }
 
 // Two values to e4m3, `low` in the low byte: to nearest, ties to even, saturating at 448; NaN stays NaN.

@@ -173,6 +173,7 @@ def sequence(kind: Kind, tokens: int, normal: Normal) -> tuple[Tensor, ...]:
     return normal(tokens, kind.channels), normal(tokens, kind.channels), ape, norm, inv_freq
 
 
+@pytest.mark.large
 @DTYPES
 @pytest.mark.parametrize("kind", CUTS, ids=name)
 def test_any_cut_gives_the_same_bits(kind: Kind, dtype: torch.dtype, cuda_normal: Normal) -> None:

@@ -9,6 +9,7 @@ from numeric import assert_bits, assert_reproducible, assert_rounded, assert_sma
 from shapes import MODELS, TOKENS, Sizes
 from torch import Tensor
 
+from dsv4.ops import mhc
 from dsv4.ops.mhc import mhc_boundary, mhc_head, mhc_post, mhc_pre, reference, sinkhorn_normalize
 
 PRE = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
@@ -136,6 +137,20 @@ def test_bits(sizes: Sizes, cuda_normal: Callable[..., Tensor]) -> None:
             assert_bits(part, whole[index][:count], f"{sizes.name}: {count} tokens, output {index}")
     many = make_case(137, sizes.hidden, torch.bfloat16, cuda_normal)
     assert_reproducible(lambda: mhc_boundary(*many, **PRE), f"{sizes.name}: 137 tokens")
+
+
+@ALL_MODELS
+def test_many_tokens(
+    sizes: Sizes, cuda_normal: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of a launch exchange sums: in many launches or one, twenty times, the bits are the same."""
+    args = make_case(4500, sizes.hidden, torch.bfloat16, cuda_normal)  # every block finishes many tokens
+    whole = mhc_boundary(*args, **PRE)
+    for at_once in (*(9, 100, 999), *(mhc.AT_ONCE,) * 20):
+        monkeypatch.setattr(mhc, "AT_ONCE", at_once)
+        dirty_memory()
+        for index, part in enumerate(mhc_boundary(*args, **PRE)):
+            assert_bits(part, whole[index], f"{sizes.name}: {at_once} tokens a launch, output {index}")
 
 
 def test_what_it_cannot_take(cuda_normal: Callable[..., Tensor]) -> None:

@@ -12,7 +12,9 @@ from dsv4.ops.dispatch import op
 from dsv4.ops.mhc import reference
 
 STREAMS, MAX_HIDDEN = 4, 8192
-DECODE_TOKENS, SLICE_TOKENS = 8, 4096  # tokens of one launch, as in csrc/mhc
+FEW_TOKENS = 8  # up to which one kernel needs no scratch
+# For more: tokens of a launch and columns of a block, at most; csrc/mhc/mhc_prefill.cu refuses more.
+AT_ONCE, BLOCK_COLUMNS = 8192, 128
 
 
 @op(reference.sinkhorn_normalize, kernel=True)
@@ -48,9 +50,8 @@ def mhc_pre(
     tokens, hidden = _check_streams(x, fn, base, scale, rows="24", scales="3")
     u, post, comb = _outputs(x)
     if tokens:
-        partial, splits = _partial(x)
-        outputs = (u, post, comb, partial)
-        _C.mhc_pre(x, fn, base, scale, *outputs, tokens, hidden, splits, iterations, eps, norm_eps)
+        sizes = (tokens, hidden, *_blocks(x))
+        _C.mhc_pre(x, fn, base, scale, u, post, comb, _scratch(x), *sizes, iterations, eps, norm_eps)
     return u, post, comb
 
 
@@ -95,9 +96,8 @@ def mhc_boundary(
     _check_streams(x, fn, base, scale, rows="24", scales="3")
     x_out, (u, post_out, comb_out) = torch.empty_like(x), _outputs(x)
     if tokens:
-        partial, splits = _partial(x)
-        tensors = (y, x, post, comb, fn, base, scale, norm, x_out, u, post_out, comb_out, partial)
-        _C.mhc_boundary(*tensors, tokens, hidden, splits, iterations, eps, norm_eps)
+        tensors = (y, x, post, comb, fn, base, scale, norm, x_out, u, post_out, comb_out, _scratch(x))
+        _C.mhc_boundary(*tensors, tokens, hidden, *_blocks(x), iterations, eps, norm_eps)
     return x_out, u, post_out, comb_out
 
 
@@ -110,8 +110,7 @@ def mhc_head(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, 
     tokens, hidden = _check_streams(x, fn, base, scale, rows="4", scales="1")
     u = torch.empty_like(x[:, 0])
     if tokens:
-        partial, splits = _partial(x)
-        _C.mhc_head(x, fn, base, scale, u, partial, tokens, hidden, splits, eps, norm_eps)
+        _C.mhc_head(x, fn, base, scale, u, _scratch(x), tokens, hidden, *_blocks(x), eps, norm_eps)
     return u
 
 
@@ -150,14 +149,15 @@ def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty((tokens, hidden), dtype=x.dtype, device=x.device), post, comb
 
 
-def _partial(x: Tensor) -> tuple[Tensor, int]:
-    """Room for the sums of each block of columns, [tokens at once, splits, 25] f32, and how many blocks.
-
-    Up to 8 tokens, and f32, need none: their kernel has its own.
-    """
+def _blocks(x: Tensor) -> tuple[int, int]:
+    """Of the kernel for many tokens: how many a launch takes, and how many blocks share a token's columns."""
     tokens, _, hidden = x.shape
-    if tokens <= DECODE_TOKENS or x.dtype == torch.float32:
-        return torch.empty(0, dtype=torch.float32, device=x.device), 1
-    # The smallest power of two that leaves a block 256 columns at most.
-    splits = 1 << max(0, (hidden - 1).bit_length() - 8)
-    return torch.empty((min(tokens, SLICE_TOKENS), splits, 25), dtype=torch.float32, device=x.device), splits
+    splits = 1 << (-(-hidden // BLOCK_COLUMNS) - 1).bit_length()  # a power of two
+    return min(tokens, AT_ONCE), splits
+
+
+def _scratch(x: Tensor) -> Tensor | None:
+    """Room for those blocks' sums, [tokens, splits, 25] f32; None for the kernel of few tokens and f32."""
+    if x.shape[0] <= FEW_TOKENS or x.dtype == torch.float32:
+        return None
+    return torch.empty((*_blocks(x), 25), dtype=torch.float32, device=x.device)
