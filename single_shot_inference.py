@@ -32,6 +32,8 @@ def main(args: argparse.Namespace) -> int:
     )
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
+    if args.screen_head and args.temperature:
+        raise ValueError(f"--screen-head: expected --temperature 0, found {args.temperature}")
     if args.dry_run:
         print(dry_run(args))
         return EXIT_OK
@@ -80,18 +82,10 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def load(args: argparse.Namespace, max_context: int) -> dsv4.Engine:
+    names = ("device", "weights", "activations", "numerics", "dtype", "reference", "screen_head")
+    choices = {name: getattr(args, name) for name in names}
     with progress_bar("load", "B") as progress:
-        return dsv4.load(
-            args.ckpt,
-            device=args.device,
-            weights=args.weights,
-            activations=args.activations,
-            numerics=args.numerics,
-            dtype=args.dtype,
-            max_context=max_context,
-            reference=args.reference,
-            progress=progress,
-        )
+        return dsv4.load(args.ckpt, max_context=max_context, progress=progress, **choices)
 
 
 def dry_run(args: argparse.Namespace) -> str:
@@ -101,7 +95,7 @@ def dry_run(args: argparse.Namespace) -> str:
     expand_rooms(args.reference)
     checkpoint = Checkpoint.open(args.ckpt, ModelConfig.from_checkpoint(args.ckpt))
     max_context = args.max_context or dsv4.engine.DEFAULT_MAX_CONTEXT
-    plan = make_plan(checkpoint, numerics, device, max_context, CACHE_DEQUANTISED_MB)
+    plan = make_plan(checkpoint, numerics, device, max_context, CACHE_DEQUANTISED_MB, args.screen_head)
     with use_reference(*args.reference):
         return format_plan(plan)
 
@@ -179,6 +173,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--numerics", choices=NUMERICS, default="trained")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on CPU, bfloat16 on CUDA")
     parser.add_argument("--reference", default=[], type=lambda s: s.split(","), metavar="ROOMS")
+    parser.add_argument("--screen-head", action="store_true", help="greedy, from half of a bf16 head")
     parser.add_argument("--dry-run", action="store_true", help="print the memory plan and stop")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     return parser.parse_args(argv)

@@ -140,6 +140,10 @@ class Engine:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
         sampling = sampling or Sampling()
+        if self.model.screened is not None and sampling.temperature:
+            raise ValueError(
+                f"screen_head: expected greedy sampling (temperature 0), found {sampling.temperature}"
+            )
         if sampling.stop and self.tokenizer is None:
             raise ValueError("stop: expected a checkpoint with tokenizer.json to find stop strings with")
         return Generation(self, ids, max_new_tokens, sampling, progress)
@@ -160,6 +164,14 @@ class Engine:
         with self._running():
             ids = torch.tensor([token_id], device=self.device)
             return self.model.logits(self.model.forward(ids, self.cache))[0]
+
+    def decode_greedy(self, token_id: int) -> int:
+        """Append one token; the id of the largest logit after it, from the screened head."""
+        with self._running():
+            ids = torch.tensor([token_id], device=self.device)
+            token = int(self.model.greedy(self.model.forward(ids, self.cache)))
+        assert token >= 0, f"position {self.cache.position}: the largest logit is not finite"
+        return token
 
     def _check_ids(self, token_ids: Sequence[int]) -> Tensor:
         if len(token_ids) == 0:
@@ -237,10 +249,9 @@ class Generation:
     ) -> Iterator[int]:
         with engine._exclusive():
             started = time.perf_counter()
-            logits = engine.prefill(ids, progress)
+            token = self._sample(engine.prefill(ids, progress), sampling, ids.shape[0])
             limit = min(max_new_tokens, engine.max_context - ids.shape[0] + 1)
             while True:
-                token = self._sample(logits, sampling, ids.shape[0] + len(self.ids))
                 now = time.perf_counter() - started
                 if not self.ids:
                     self.timings.prefill_s = self.timings.ttft_s = now
@@ -259,7 +270,10 @@ class Generation:
                 yield token
                 if self.finish is not None:
                     return
-                logits = engine.decode_one(token)
+                if engine.model.screened is None:
+                    token = self._sample(engine.decode_one(token), sampling, ids.shape[0] + len(self.ids))
+                else:
+                    token = engine.decode_greedy(token)
             self.finish = "eos"
             self._flush()
 
@@ -299,6 +313,7 @@ def load(
     max_context: int = DEFAULT_MAX_CONTEXT,
     reference: Sequence[str] = (),
     mtp: bool = False,
+    screen_head: bool = False,
     cache_dequantised_mb: int = CACHE_DEQUANTISED_MB,
     progress: Progress | None = None,
 ) -> Engine:
@@ -307,8 +322,9 @@ def load(
     device "auto" | "cpu" | "cuda"; weights "stored" | "nvfp4" | "nvfp4-all"; activations "bf16" | "fp8" |
     "nvfp4"; numerics "trained" | "exact"; dtype "bfloat16" | "float32" of the activations (None: float32 on
     CPU, bfloat16 on CUDA); max_context in tokens; reference: rooms to run on their references; mtp: load the
-    MTP block for ``draft_logits``. Everything is checked before any weight is read. Raises
-    ``FileNotFoundError`` or ``ValueError`` with a sentence that names what is wrong.
+    MTP block for ``draft_logits``; screen_head: generate greedily only, on CUDA, from an int8 copy of a bf16
+    head. Everything is checked before any weight is read. Raises ``FileNotFoundError`` or ``ValueError`` with
+    a sentence that names what is wrong.
     """
     started = time.perf_counter()
     place = resolve_device(device)
@@ -321,13 +337,13 @@ def load(
         _require_kernel_shapes(config)
         _C.load_library()  # built here if need be, before anything is read
     checkpoint = Checkpoint.open(ckpt, config, mtp=mtp)
-    plan = make_plan(checkpoint, choices, place, max_context, cache_dequantised_mb)
+    plan = make_plan(checkpoint, choices, place, max_context, cache_dequantised_mb, screen_head)
     plan.require_fit()
     has_tokenizer = (Path(ckpt) / "tokenizer.json").exists()
     tokenizer = Tokenizer.from_checkpoint(ckpt) if has_tokenizer else None
-    model = assemble(
-        checkpoint, choices, place, cache_dequantised_mb=cache_dequantised_mb, progress=progress
-    )
+    model = assemble(checkpoint, choices, place, cache_dequantised_mb=cache_dequantised_mb, progress=progress)
+    if screen_head:
+        model.screen_head()
     return Engine(
         model,
         choices,
@@ -354,12 +370,16 @@ def _require_index_blocks(config: ModelConfig) -> None:
 
 def _require_kernel_shapes(config: ModelConfig) -> None:
     """The sizes that the CUDA kernels take; everything else about shapes is an argument of theirs."""
+    index_width = config.index_head_dim
+    hidden = config.hidden_size
     rules = (
         ("hc_mult", config.num_streams, lambda n: n == 4, "4"),
-        ("hidden_size", config.hidden_size, lambda n: n % 8 == 0 and n <= 8192, "a multiple of 8 up to 8192"),
-        ("n_routed_experts", config.num_experts, lambda n: n <= 1024, "at most 1024"),
+        ("hidden_size", hidden, lambda n: n % 256 == 0 and n <= 8192, "a multiple of 256 up to 8192"),
+        ("moe_intermediate_size", config.expert_width, lambda n: n % 256 == 0, "a multiple of 256"),
+        ("n_routed_experts", config.num_experts, lambda n: n <= 512, "at most 512"),
+        ("o_groups", config.o_groups, lambda n: n <= 16, "at most 16"),
         ("head_dim", config.head_dim, lambda n: n % 8 == 0, "a multiple of 8"),
-        ("index_head_dim", config.index_head_dim, lambda n: n % 8 == 0, "a multiple of 8"),
+        ("index_head_dim", index_width, lambda n: n % 8 == 0 and n <= 256, "a multiple of 8 up to 256"),
     )
     for name, found, holds, expected in rules:
         if not holds(found):

@@ -11,8 +11,10 @@ from dsv4.layers.mtp import MtpBlock
 from dsv4.layers.weights import Weights
 from dsv4.numerics import Numerics
 from dsv4.ops.embed import embed_streams
+from dsv4.ops.formats import Plain, stored
 from dsv4.ops.gemm import linear
 from dsv4.ops.norm import rms_norm
+from dsv4.ops.sampling import ScreenedHead, argmax_head, screen_head
 
 
 class Transformer:
@@ -32,6 +34,7 @@ class Transformer:
         self.embed = trunk.tensor("embed")
         self.norm = trunk.tensor("norm")
         self.head = trunk.matrix("head")
+        self.screened: ScreenedHead | None = None
         self.hc_head = HyperHead(config, trunk)
         self.blocks = blocks
         self.mtp = mtp
@@ -65,8 +68,22 @@ class Transformer:
 
     def logits(self, x: Tensor) -> Tensor:
         """Streams x [T, M, D] -> logits [T, V] f32."""
-        z = rms_norm(self.hc_head.forward(x), self.norm, eps=self.config.norm_eps)
-        return linear(z, self.head, activations=self.activations, out_dtype=torch.float32)
+        return linear(self._leave(x), self.head, activations=self.activations, out_dtype=torch.float32)
+
+    def screen_head(self) -> None:
+        """Make the copy of the bf16 head that ``greedy`` reads, half as large."""
+        head = stored(self.head)
+        assert isinstance(head, Plain), f"head: expected Plain, found {type(head).__name__}"
+        self.screened = screen_head(head.w)
+
+    def greedy(self, x: Tensor) -> Tensor:
+        """Streams x [1, M, D] -> the id [1] i64 of the largest logit; after ``screen_head``."""
+        assert self.screened is not None, "loaded without screen_head"
+        return argmax_head(self._leave(x), self.screened)
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """Streams x [T, M, D] -> what the head reads, [T, D]."""
+        return rms_norm(self.hc_head.forward(x), self.norm, eps=self.config.norm_eps)
 
     def draft(self, x: Tensor, next_ids: Tensor, cache: SequenceCache) -> tuple[Tensor, Tensor]:
         """The MTP block on the trunk's streams x [T, M, D] and the tokens after them, next_ids [T].

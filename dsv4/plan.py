@@ -9,13 +9,15 @@ from dsv4.cache import SequenceCache
 from dsv4.config import ModelConfig
 from dsv4.device import free_bytes
 from dsv4.loading.checkpoint import Checkpoint
+from dsv4.loading.repack import is_packed, padding_bytes
 from dsv4.loading.requantize import is_requantized
 from dsv4.numerics import Numerics
 from dsv4.ops.dispatch import REGISTRY
+from dsv4.ops.gemm import KERNELS
 
 GB = 1e9
 CACHE_DEQUANTISED_MB = 256
-KV_CACHE, MATRIX_CACHE = "KV cache", "dequantised matrices"
+KV_CACHE, MATRIX_CACHE, SCREEN = "KV cache", "dequantised matrices", "head, screened"
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,12 @@ def make_plan(
     device: torch.device,
     max_context: int,
     cache_dequantised_mb: int,
+    screen_head: bool = False,
 ) -> Plan:
-    """The plan of loading ``checkpoint`` with these choices. Raises ``ValueError`` for a bad context."""
+    """The plan of loading ``checkpoint`` with these choices.
+
+    Raises ``ValueError`` for a bad context, and for ``screen_head`` where it cannot be.
+    """
     config = checkpoint.config
     if not 1 <= max_context <= config.max_context:
         raise ValueError(
@@ -81,8 +87,13 @@ def make_plan(
         form, nbytes = stored.format, stored.nbytes
         if is_requantized(name, numerics.weights) and not form.startswith("nvfp4"):
             form, nbytes = "nvfp4", _nvfp4_bytes(stored.slot.shape)
+        if is_packed(form, device):
+            nbytes += padding_bytes(form, stored.slot.shape)
         totals[component(name), form] += nbytes
     rows = [PlanRow(part, form, place, nbytes) for (part, form), nbytes in sorted(totals.items())]
+    if screen_head:
+        _require_screen(checkpoint, numerics, device)
+        rows.append(PlanRow(SCREEN, "int8", place, _screen_bytes(*checkpoint.stored["head"].slot.shape)))
     fixed, per_token = cache_bytes(config, numerics.torch_dtype)
     if checkpoint.mtp:
         fixed += config.window * config.head_dim * numerics.torch_dtype.itemsize
@@ -137,6 +148,22 @@ def _nvfp4_bytes(shape: tuple[int, ...]) -> int:
     return n * k // 2 + n * k // 16 + 4
 
 
+def _screen_bytes(vocab: int, width: int) -> int:
+    """The int8 copy of a head, padded, and three numbers a row (ops.sampling.ScreenedHead)."""
+    return -(-vocab // 16) * 16 * -(-width // 512) * 512 + 12 * vocab
+
+
+def _require_screen(checkpoint: Checkpoint, numerics: Numerics, device: torch.device) -> None:
+    form = "nvfp4" if is_requantized("head", numerics.weights) else checkpoint.stored["head"].format
+    for name, found, expected in (
+        ("device", device.type, "cuda"),
+        ("dtype", numerics.dtype, "bfloat16"),
+        ("the head's format", form, "bf16"),
+    ):
+        if found != expected:
+            raise ValueError(f"screen_head: expected {name} to be {expected}, found {found}")
+
+
 def format_plan(plan: Plan) -> str:
     """The plan as text: a table of components, the totals, what fits, and who serves each operation."""
     place = plan.rows[0].place
@@ -157,4 +184,7 @@ def format_plan(plan: Plan) -> str:
         lines.append(f"skipped: {plan.skipped[0]} mtp.* tensors, {plan.skipped[1] / GB:.1f} GB")
     lines += ["", "operations:"]
     lines += [f"  {name:<28} {entry.served_by(place)}" for name, entry in sorted(REGISTRY.items())]
+    if REGISTRY["gemm.linear"].served_by(place) == "kernel":
+        lines += ["", "matrix products:"]
+        lines += [f"  {weights:<28} {tokens:<12} tokens {kernel}" for weights, tokens, kernel in KERNELS]
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from dsv4.layers import attention, indexer, moe
 from dsv4.layers.rope import inverse_frequencies
 from dsv4.ops.compressor import reference as pool_reference
 from dsv4.ops.formats import Nvfp4, Weight, stored
+from dsv4.ops.gemm import linear
 from dsv4.ops.rope import reference as rope_reference
 
 Inject = Callable[[Engine, MonkeyPatch], None]
@@ -115,6 +116,24 @@ def see(later: int) -> Inject:
         return None if a["visible"] is None else a["visible"] - later
 
     return both(edit(attention, "attend", visible=visible), edit(indexer, "select_topk", visible=visible))
+
+
+def weigh_by_latent(engine: Engine, monkeypatch: MonkeyPatch) -> None:
+    """The index weights are products of qa instead of u."""
+    latents: list[Tensor] = []
+
+    def norm(original: Callable[..., Tensor], *args: Any, **rest: Any) -> Tensor:
+        latents.append(original(*args, **rest))
+        return latents[-1]
+
+    def scores(
+        matrix: Weight, original: Callable[..., Tensor], q: Tensor, _: Tensor, *rest: Tensor
+    ) -> Tensor:
+        return original(q, linear(latents[-1], matrix), *rest)
+
+    wrap(attention, "rms_norm", norm)(engine, monkeypatch)
+    for layer in indexers(engine):
+        wrap(layer, "scores", partial(scores, layer.weights_proj))(engine, monkeypatch)
 
 
 def interleave_heads(a: Arguments, heads: int = 4) -> Tensor:

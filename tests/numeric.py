@@ -16,8 +16,18 @@ def poison(*tensors: Tensor) -> None:
         tensor.view(-1).view(torch.uint8).fill_(0xFF)
 
 
+def without_allocator() -> bool:
+    """Whether torch's caching allocator is off, as under compute-sanitizer."""
+    return "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ
+
+
 def dirty_memory(device: torch.device | str = "cuda") -> None:
-    """Fill what the allocator will hand out next: outputs that a kernel allocates start as NaN."""
+    """Fill what the allocator will hand out next: outputs that a kernel allocates start as NaN.
+
+    Not where every tensor has an allocation of its own (``without_allocator``): nothing is handed out again.
+    """
+    if without_allocator():
+        return
     sizes = (1 << 9, 1 << 14, 1 << 20, 1 << 26)
     poison(*(torch.empty(size, dtype=torch.uint8, device=device) for size in sizes))
 
@@ -36,7 +46,7 @@ def assert_bits(actual: Tensor, want: Tensor, case: str) -> None:
     if actual.numel() == 0:
         return
     size = actual.element_size()
-    a, b = (t.contiguous().view(-1).view(torch.uint8) for t in (actual, want.to(actual.device)))
+    a, b = (_bytes_of(t) for t in (actual, want.to(actual.device)))
     wrong = (a != b).view(-1, size).any(dim=-1)
     count = int(wrong.sum())
     if count:
@@ -46,6 +56,11 @@ def assert_bits(actual: Tensor, want: Tensor, case: str) -> None:
             f"{case}: {count} of {wrong.numel()} elements differ, first at flat index {at}: "
             f"expected {expected.float().item()}, found {found.float().item()}"
         )
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A copy: one element may have stride 0, which cannot be viewed as bytes."""
+    return tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def assert_close(actual: Tensor, want: Tensor, case: str, *, rtol: float, atol: float) -> None:
@@ -86,13 +101,42 @@ def assert_rounded(actual: Tensor, want: Tensor, case: str, exact: Tensor | None
         assert found <= 2 * allowed + 1e-12, f"{case}: mean error {found:.3e}, the reference's {allowed:.3e}"
 
 
+def calc_diff(actual: Tensor, want: Tensor) -> float:
+    """1 - 2 <x, y> / (<x, x> + <y, y>) in double: about the squared relative error."""
+    x, y = actual.double(), want.double()
+    return float(1 - 2 * (x * y).sum() / ((x * x).sum() + (y * y).sum()).clamp(min=1e-300))
+
+
+def assert_gemm(actual: Tensor, want: Tensor, case: str, share: float = 1e-3) -> None:
+    """A matrix product [..., N] of dequantised operands, in any dtype; ``want`` is the fp32 one.
+
+    An element may differ by 2^-8 of itself and ``share`` of its row's rms.
+    """
+    assert_layout(actual, want.to(actual.dtype), case)
+    if actual.numel() == 0:
+        return
+    x, y = actual.double(), want.to(actual.device).double()
+    assert torch.equal(x.isfinite(), y.isfinite()), f"{case}: NaN or infinity where the reference has none"
+    rms = y.square().mean(dim=-1, keepdim=True).sqrt()
+    excess = (x - y).abs() - (2**-8 * y.abs() + share * rms)
+    worst = int(excess.flatten().argmax())
+    count = int((excess > 0).sum())
+    assert count == 0, (
+        f"{case}: {count} of {excess.numel()} elements differ by more than 2^-8 and {share} of their "
+        f"row's rms, worst at flat index {worst}: expected {y.flatten()[worst]}, found {x.flatten()[worst]}"
+    )
+    if float(y.abs().max()) > 0:
+        difference = calc_diff(x, y)
+        assert difference < 2e-6, f"{case}: calc_diff {difference:.3e}, expected less than 2e-6"
+
+
 def assert_reproducible(call: Callable[[], Tensor | tuple[Tensor, ...]], case: str) -> None:
     """The same call twice, and its replay in a CUDA graph, give the same bits."""
     first = _tensors(call())
     for index, (a, b) in enumerate(zip(first, _tensors(call()), strict=True)):
         assert_bits(b, a, f"{case}: called again, output {index}")
-    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
-        return  # under compute-sanitizer: a graph needs the allocator that this turns off
+    if without_allocator():
+        return  # a graph needs it
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = _tensors(call())

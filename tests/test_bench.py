@@ -1,4 +1,4 @@
-"""The benchmarks without a GPU: arithmetic, when a run stops, where it writes, every case's call."""
+"""``bench.ops`` without a GPU: arithmetic, when a run stops, where it writes, every case's call."""
 
 import argparse
 import math
@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shapes import TINY
+import torch
+from shapes import FLASH, PRO, TINY
 
 from bench import ops
 from bench.cases import LARGE, all_cases, compressed_bytes
 from bench.harness import Case, Draw, count_launches, count_sets, gpu_slug, is_met, save, size_of
+from bench.matrix_cases import choices, distinct_experts, experts_bytes
+from bench.weights import random_weight, weight_bytes
+from dsv4.ops.formats import dequantize, nbytes, shape_of
 
 CASES = all_cases()
 SMALL = all_cases((TINY,), large=136)  # two windows of HCA are not complete
@@ -38,6 +42,10 @@ def test_targets() -> None:
     assert is_met("<= 6 us", 6.0, 0.0) is True and is_met("<= 6 us", 6.01, 99.0) is False
     assert is_met("<= 2.5 us", 2.6, 0.0) is False
     assert is_met(">= 75 %", 0.0, 75.0) is True and is_met(">= 75 %", 0.0, 74.9) is False
+    assert is_met(">= 350 TFLOPS", 1.0, 0.0, TFLOPS=350.0) is True
+    assert is_met("<= 1.15 x", 1.0, 0.0, x=1.16) is False
+    with pytest.raises(KeyError):
+        is_met(">= 350 TFLOPS", 1.0, 0.0)
 
 
 def test_gpu_names() -> None:
@@ -49,6 +57,8 @@ def test_bytes_are_those_of_inputs_and_outputs() -> None:
     case = find("rms_norm", "Flash, 8 tokens")
     inputs = case.inputs(Draw("cpu"))
     assert size_of(inputs) + size_of(case.call(*inputs)) == 2 * 8 * 4096 * 2 + 4 * 4096
+    w = random_weight(Draw("cpu"), "nvfp4", 16, 256)
+    assert size_of((inputs[0], [w, (w, None)])) == 8 * 4096 * 2 + 2 * (2304 + 4)
     assert find("hash_gate", "Flash, 1 token").bytes == 8 + 6 * (4 + 8) + 6 * (4 + 8)
     assert find("embed_streams", "Pro, 1 token").bytes == 8 + 5 * 7168 * 2
 
@@ -63,6 +73,41 @@ def test_bytes_of_a_compressor() -> None:
     assert compressed_bytes(1, 7, 4, 512, 64) == csa
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "fp8", "bf16"])
+@pytest.mark.parametrize("shape", [(256, 512), (128, 1024), (384, 2048)])
+def test_random_weights_have_unit_gain(kind: str, shape: tuple[int, int]) -> None:
+    """Of the expected size, finite, and of deviation K^-0.5; powers of two come within a factor 2^0.5."""
+    weight = random_weight(Draw("cpu"), kind, *shape)
+    assert shape_of(weight) == shape
+    assert nbytes(weight) - weight_bytes(kind, *shape) == (4 if kind == "nvfp4" else 0)
+    gain = dequantize(weight).square().mean().sqrt().item() * math.sqrt(shape[1])
+    assert abs(math.log2(gain)) <= (0.5 if kind == "mxfp4" else 0.02)
+
+
+def test_a_launch_finds_other_experts_than_the_one_before() -> None:
+    assert [distinct_experts(tokens, FLASH) for tokens in (1, 8)] == [6, 44]
+    for sizes, tokens in ((FLASH, 1), (FLASH, 8), (PRO, 1), (TINY, 8)):
+        before: set[int] = set()
+        for launch in range(5):
+            chosen = choices(launch, tokens, sizes)
+            assert chosen.shape == (tokens, sizes.chosen) and chosen.dtype == torch.int64
+            assert all(len(set(row)) == sizes.chosen for row in chosen.tolist())
+            now = set(chosen.flatten().tolist())
+            assert len(now) == distinct_experts(tokens, sizes) and max(now) < sizes.experts
+            assert sizes is TINY or not now & before
+            before = now
+
+
+def test_bytes_of_experts() -> None:
+    """An expert of Flash: 3 x 2048 x 4096 weights, 4.5 bits each in NVFP4; in FP8 8 bits and block scales."""
+    nvfp4 = 3 * 2048 * 4096 * 9 // 16
+    around = 2 * 4096 * 2 + 6 * 12
+    assert experts_bytes(FLASH, 1, "nvfp4") == 7 * nvfp4 + around
+    assert experts_bytes(FLASH, 1, "fp8") == 6 * nvfp4 + 3 * (2048 * 4096 + 16 * 32) + around
+    assert experts_bytes(FLASH, 8, "nvfp4") == 45 * nvfp4 + 8 * around
+    assert weight_bytes("mxfp4", 2048, 4096) == 2048 * 4096 * 17 // 32
+
+
 def test_cases_have_names_of_their_own_and_the_targets() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     targets = {(case.op, case.case): case.target for case in CASES if case.target}
@@ -72,6 +117,12 @@ def test_cases_have_names_of_their_own_and_the_targets() -> None:
     assert targets["topk_gate", "Flash, 1 token"] == "<= 2.5 us"
     assert targets["quantize_fp8", "Flash, 8192 tokens"] == targets["rms_norm", "Pro, 8192 tokens"]
     assert targets["quantize_nvfp4", "given scale, Pro, 8192 tokens"] == ">= 80 %"
+    assert targets["route_topk", "Flash, 1 token"] == "<= 5 us"
+    assert targets["linear", "8192 x 4096 nvfp4, 1 token"] == "<= 6.9 us"
+    assert targets["linear", "129280 x 4096 nvfp4, 1 token"] == "<= 78 us"
+    assert targets["linear", "8192 x 4096 nvfp4, 8192 tokens"] == ">= 350 TFLOPS"
+    experts = [case.target for case in CASES if case.room == "moe"]
+    assert experts == ["<= 29 us", "<= 32 us", "<= 175 us", "<= 70 us"]
     steps = [case for case in CASES if case.room == "compressor" and str(LARGE) not in case.case]
     assert [case.target for case in steps] == ["<= 4 us"] * 4
 

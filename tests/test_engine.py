@@ -1,5 +1,6 @@
 """The engine's promises: fresh sequences, generation, numeric choices, names that do not matter."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,27 @@ def test_bad_choices_are_refused(ckpt: Path, engine: dsv4.Engine, tmp_path: Path
         dsv4.load(ckpt, max_context=80).draft_logits(IDS)
     with pytest.raises(ValueError, match="chunk"):
         engine.logits(IDS, chunk=0)
+
+
+def test_sizes_that_the_kernels_do_not_take_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a library is looked for; ``--reference all`` needs no kernel."""
+    monkeypatch.setattr(dsv4.engine, "resolve_device", lambda name: torch.device("cuda"))
+    taken = RAW | {"hidden_size": 256, "moe_intermediate_size": 256}
+    for field, value, expected in (
+        ("hc_mult", 2, "4"),
+        ("hidden_size", 8448, "a multiple of 256 up to 8192"),
+        ("moe_intermediate_size", 384, "a multiple of 256"),
+        ("n_routed_experts", 513, "at most 512"),
+        ("index_head_dim", 512, "a multiple of 8 up to 256"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(taken | {field: value}))
+        words = f"{field}: expected {expected} for the CUDA kernels, found {value}"
+        with pytest.raises(ValueError, match=words):
+            dsv4.load(tmp_path, device="cuda")
+        with pytest.raises(FileNotFoundError, match="safetensors"):
+            dsv4.load(tmp_path, device="cuda", reference=("all",))
 
 
 def test_names_do_not_matter(ckpt: Path, tmp_path: Path) -> None:

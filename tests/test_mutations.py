@@ -25,7 +25,6 @@ from mutations import (
     fold_input_scale,
     forget,
     frequencies,
-    indexers,
     interleave_heads,
     keep_tails,
     rotate_halves,
@@ -35,6 +34,7 @@ from mutations import (
     share_scale,
     swap_series,
     unnormalised,
+    weigh_by_latent,
     window_layers,
     without_eps,
     wrap,
@@ -46,13 +46,14 @@ from torch.nn import functional as F
 from dsv4 import model
 from dsv4.config import ModelConfig
 from dsv4.engine import Engine, load
-from dsv4.layers import attention, indexer, mhc, moe
+from dsv4.layers import attention, indexer, mhc
 from dsv4.ops import formats, quant
 from dsv4.ops.compressor import reference as pool_reference
 from dsv4.ops.gemm import reference as gemm_reference
 from dsv4.ops.mhc import reference as mhc_reference
 from dsv4.ops.moe import reference as moe_reference
 from dsv4.ops.quant import reference as quant_reference
+from dsv4.ops.router import reference as router_reference
 
 TOLERANCE = 1e-3
 VISIBLE = 10 * TOLERANCE
@@ -118,7 +119,7 @@ FAULTS = {
     "no relu": Fault(
         wrap(indexer, "index_scores", lambda f, q, k, weights: torch.einsum("th,thd,cd->tc", weights, q, k))
     ),
-    "index weights from the query latent": Fault(edit(indexers, "scores", u=lambda a: a["qa"])),
+    "index weights from the query latent": Fault(weigh_by_latent),
     "index weights all positive": Fault(edit(indexer, "index_scores", weights=lambda a: a["weights"].abs())),
     # Experts
     "shared expert not clamped": Fault(
@@ -134,13 +135,13 @@ FAULTS = {
             lambda f, g, v, limit: F.silu(g).clamp(max=limit) * v.clamp(-limit, limit),
         )
     ),
-    "bias in the routing weights": Fault(wrap(moe, "topk_gate", biased)),
-    "routing weights not normalised": Fault(wrap(moe, "topk_gate", unnormalised)),
-    "hash layers not normalised": Fault(wrap(moe, "hash_gate", unnormalised)),
-    "no routing scale": Fault(edit(moe, "topk_gate", scale=lambda a: 1.0)),
-    "hash layers without routing scale": Fault(edit(moe, "hash_gate", scale=lambda a: 1.0)),
+    "bias in the routing weights": Fault(wrap(router_reference, "topk_gate", biased)),
+    "routing weights not normalised": Fault(wrap(router_reference, "topk_gate", unnormalised)),
+    "hash layers not normalised": Fault(wrap(router_reference, "hash_gate", unnormalised)),
+    "no routing scale": Fault(edit(router_reference, "topk_gate", scale=lambda a: 1.0)),
+    "hash layers without routing scale": Fault(edit(router_reference, "hash_gate", scale=lambda a: 1.0)),
     "hash layers without token ids": Fault(
-        edit(moe, "hash_gate", token_ids=lambda a: torch.zeros_like(a["token_ids"]))
+        edit(router_reference, "hash_gate", token_ids=lambda a: torch.zeros_like(a["token_ids"]))
     ),
     # Hyper-connections
     "comb not transposed": Fault(edit(mhc_reference, "mhc_post", comb=lambda a: a["comb"].mT)),

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -190,6 +191,29 @@ def test_dispatch_by_device_and_room(probe: Callable[..., str]) -> None:
             assert probe(cuda) == entry.served_by("cuda") == "reference"
     with use_reference("mhc"):
         assert probe(cuda) == entry.served_by("cuda") == "kernel"
+
+
+class Parts(NamedTuple):
+    """As a weight: tensors, one that may be absent, and what is no tensor."""
+
+    kind: str
+    data: Tensor | None
+    scale: Tensor
+
+
+def test_dispatch_looks_into_weights(probe: Callable[..., str]) -> None:
+    """One level into tuples; a kernel refuses what wants a gradient there as well."""
+    cpu, cuda = torch.zeros(1), torch.zeros(1).as_subclass(OnCuda)
+    assert probe(Parts("a", None, cpu)) == probe((cpu, 1)) == "reference"
+    assert probe(Parts("a", cuda, cpu)) == probe(x=Parts("a", None, cuda)) == "kernel"
+    wants = torch.zeros(1, requires_grad=True).as_subclass(OnCuda)
+    for arg in (wants, Parts("a", None, wants)):
+        with pytest.raises(AssertionError, match="kernels have no gradients"):
+            probe(arg)
+        with torch.no_grad():
+            assert probe(arg) == "kernel"
+        with use_reference("probe"):
+            assert probe(arg) == "reference"
 
 
 def test_use_reference_nests_and_restores(probe: Callable[..., str]) -> None:

@@ -84,8 +84,8 @@ def random_picks(engine: dsv4.Engine) -> None:
     """The indexers choose as many visible entries as before, at random."""
     generator = torch.Generator(engine.device).manual_seed(0)
 
-    def scores(self: Indexer, u: Tensor, qa: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
-        return torch.rand((u.shape[0], keys.shape[0]), generator=generator, device=u.device)
+    def scores(self: Indexer, q: Tensor, weights: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
+        return torch.rand((q.shape[0], keys.shape[0]), generator=generator, device=q.device)
 
     for block in engine.model.blocks:
         if block.attn.indexer is not None:

@@ -7,7 +7,7 @@ and a table of FP4 values that stays on the device. tests/test_train_tiny.py com
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv4.config import ModelConfig
+from dsv4.config import CSA_RATIO, ModelConfig
 from dsv4.layers import attention, moe
 from dsv4.layers.block import Block
-from dsv4.layers.indexer import Indexer
+from dsv4.layers.indexer import Indexer, IndexProducts
 from dsv4.layers.mhc import Entry
 from dsv4.layers.mtp import MtpBlock
 from dsv4.layers.weights import Weights
@@ -26,7 +26,8 @@ from dsv4.loading.mapping import Slot, all_slots
 from dsv4.model import Transformer
 from dsv4.numerics import Numerics
 from dsv4.ops.dispatch import use_reference
-from dsv4.ops.formats import E2M1_VALUES, Plain
+from dsv4.ops.formats import E2M1_VALUES, Plain, Weight
+from dsv4.ops.gemm import linear
 from dsv4.ops.indexer import select_topk
 from dsv4.ops.moe.reference import Expert, run_expert, swiglu
 from dsv4.ops.quant import reference as quant_reference
@@ -167,22 +168,30 @@ def _compare(trace: Trace, parts: list[Tensor], far: Tensor, seen: Tensor, selec
         trace.coverage.append((picked[binds].sum(), (picks[binds] / visible[binds]).sum()))
 
 
+class Apart(Plain):
+    """An indexer's matrix. Its input is detached: index scores train the indexers alone."""
+
+
 class TracedIndexer:
-    """An indexer on detached inputs that leaves its scores in the trace."""
+    """An indexer that scores all entries and leaves the scores in the trace."""
 
     def __init__(self, inner: Indexer, trace: Trace) -> None:
         self.inner = inner
+        self.wq_b = inner.wq_b
         self.trace = trace
 
+    def chooses(self, tokens: int) -> bool:
+        return tokens >= CSA_RATIO
+
     def forward(
-        self, u: Tensor, qa: Tensor, positions: Tensor, visible: Tensor, state: Any, start: int
+        self, products: IndexProducts, positions: Tensor, visible: Tensor, state: Any, start: int
     ) -> Tensor | None:
-        inner, u, qa = self.inner, u.detach(), qa.detach()
-        keys = inner.compressor.forward(u, state, start)
+        inner = self.inner
+        keys = inner.compressor.forward(products.kv, products.gate, state, start)
         keys = state.entries.append(round_index(keys) if inner.trained else keys)
-        if not keys.shape[0]:
+        if products.q is None:
             return None
-        scores = inner.scores(u, qa, positions, keys)
+        scores = inner.scores(products.q, products.weights, positions, keys)
         self.trace.scores = scores
         if self.trace.dense or keys.shape[0] <= inner.top_k:
             return None
@@ -253,7 +262,9 @@ class TinyModel:
         config, numerics = self.config, Numerics(dtype="float32", numerics="trained")
         kinds = {slot.name: slot.kind for slot in all_slots(config, mtp=True)}
         tensors = self.slots() | {k: v for k, v in self.params.items() if k in kinds}
-        weights = Weights({k: Plain(v) if kinds[k] == "linear" else v for k, v in tensors.items()})
+        linears = [k for k in tensors if kinds[k] == "linear"]
+        matrices = {k: (Apart if ".indexer." in k else Plain)(tensors[k]) for k in linears}
+        weights = Weights(tensors | matrices)
         blocks = []
         for layer in range(config.num_layers):
             ratio, hashed = config.ratio(layer), config.is_hash_layer(layer)
@@ -288,6 +299,7 @@ class TinyModel:
 def substitutes(trace: Trace) -> Iterator[None]:
     """Inside, the layers use this file's operations where they fit, and the references elsewhere."""
     run_experts, attend, unpack = moe.run_experts, attention.attend, quant_reference.unpack_e2m1
+    linear_stack = attention.linear_stack
     tables: dict[torch.device, Tensor] = {}
 
     def experts(x: Tensor, routing: Tensor, chosen: Tensor, some: Any, shared: Expert, **how: Any) -> Tensor:
@@ -300,6 +312,12 @@ def substitutes(trace: Trace) -> Iterator[None]:
             return attend(q, kv, sink, window=window, **entries)
         return attend_whole(trace, q, kv, sink, window=window, **entries)
 
+    def products(x: Tensor, weights: Sequence[Weight], *, out_dtypes: Any, **how: Any) -> tuple[Tensor, ...]:
+        """Of indexers' matrices with a detached input."""
+        inputs = [x.detach() if isinstance(weight, Apart) else x for weight in weights]
+        each = zip(inputs, weights, out_dtypes, strict=True)
+        return tuple(linear(own, weight, out_dtype=dtype, **how) for own, weight, dtype in each)
+
     def unpack_e2m1(codes: Tensor) -> Tensor:
         if codes.device not in tables:
             tables[codes.device] = torch.tensor(E2M1_VALUES, device=codes.device)
@@ -307,11 +325,13 @@ def substitutes(trace: Trace) -> Iterator[None]:
         return tables[codes.device][pairs.int()]
 
     moe.run_experts, attention.attend, quant_reference.unpack_e2m1 = experts, whole, unpack_e2m1
+    attention.linear_stack = products
     try:
         with use_reference("all"):
             yield
     finally:
         moe.run_experts, attention.attend, quant_reference.unpack_e2m1 = run_experts, attend, unpack
+        attention.linear_stack = linear_stack
 
 
 def initial(slot: Slot, config: ModelConfig, generator: torch.Generator) -> Tensor:

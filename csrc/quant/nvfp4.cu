@@ -1,11 +1,12 @@
-// NVFP4 of activations: ops/quant/reference.py nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_tokens.
+// NVFP4 of activations: ops/quant/reference.py nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_tokens, round_nvfp4.
 //
 // A thread has a whole block of 16 values, so a block needs no exchange: two 16-byte loads (bf16), 8 bytes of codes and
 // a byte of scale stored, neighbouring threads beside each other. For scales per token a thread block has a row, keeps
 // it in registers between the row's maximum and the codes (up to 32768 values; of wider rows the second reading comes
 // from L2), and meets once, in the maximum. Where the scale is given, nothing is exchanged at all.
 //
-// Bytes an element of bf16: 2 read, 0.5625 written. 8192 x 4096: 86 MB; 8192 x 7168: 150 MB.
+// Bytes an element of bf16: 2 read, 0.5625 written. 8192 x 4096: 86 MB; 8192 x 7168: 150 MB. round_nvfp4, which turns
+// the codes into values before it stores them: 2 read, 2 written.
 //
 // What an SM can issue in that time is some 20 instructions a value, so the quotients x / step of the reference are not
 // divisions, yet have their bits (Divisor). They have to: x / step is a midpoint of two codes, or an ulp from one, in
@@ -14,7 +15,11 @@
 // small for its values; infinity, NaN) are read again and rounded value by value, as the reference does it.
 // sass quantize_nvfp4_kernel: LDG.E.128, STG.E.64, F2FP.F16.F32.PACK_AB, PRMT
 // sass quantize_nvfp4_tokens_kernel: LDG.E.128, STG.E.64, F2FP.F16.F32.PACK_AB, PRMT
+// sass round_nvfp4_kernel: LDG.E.128, STG.E.128, F2FP.F16.F32.PACK_AB, PRMT
+// sass round_nvfp4_tokens_kernel: LDG.E.128, STG.E.128, F2FP.F16.F32.PACK_AB, PRMT
 #include "quant/quant.cuh"
+
+#include <type_traits>
 
 namespace dsv4 {
 namespace {
@@ -132,56 +137,79 @@ __device__ inline Block quantize_block(const Values<T>& x, const T* memory, unsi
   const bool ordinary = step >= 0x1p-60f && step <= 0x1p60f && __uint_as_float(most) * by.below < kEnd;
   if (!ordinary) return quantize_slowly(memory, most, global.value);
   float y[kValues];
+  unpack(x, y);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     if constexpr (sizeof(T) == 2) {
-      y[i] = ties_to_even(by.short_quotient(x[i]));
+      y[i] = ties_to_even(by.short_quotient(y[i]));
     } else {
-      y[i] = copysignf(ties_to_even(by.quotient(x[i])), x[i]);
+      y[i] = copysignf(ties_to_even(by.quotient(y[i])), y[i]);
     }
   }
   return {{code_word(y), code_word(y + kValues / 2)}, scale};
 }
 
-__device__ inline void store_block(const Block& block, uint64_t at, uint8_t* codes, uint8_t* scales) {
-  Vector<uint32_t, 2> words = {block.codes[0], block.codes[1]};
-  store_vector(reinterpret_cast<uint32_t*>(codes) + 2 * at, words);
-  scales[at] = uint8_t(block.scale);
-}
+// Where the blocks of a row go: codes and scales, or the values that these stand for but for the global scale.
+struct CodeRow {
+  uint8_t *codes, *scales;
 
-// blockIdx.x is the row. A thread has kKept blocks, blockDim.x apart.
-template <class T, int kKept>
-__global__ void __launch_bounds__(kMaxThreads)
-    quantize_nvfp4_kernel(const T* __restrict__ x, const float* __restrict__ global_scale, uint8_t* __restrict__ codes,
-                          uint8_t* __restrict__ scales, unsigned blocks, int scale_stride) {
-  const int64_t first = int64_t(blockIdx.x) * blocks;
+  __device__ CodeRow(uint8_t* codes, uint8_t* scales, int64_t first)
+      : codes(codes + first * (kValues / 2)), scales(scales + first) {}
+  __device__ void store(const Block& block, uint64_t at) const {
+    Vector<uint32_t, 2> words = {block.codes[0], block.codes[1]};
+    store_vector(reinterpret_cast<uint32_t*>(codes) + 2 * at, words);
+    scales[at] = uint8_t(block.scale);
+  }
+};
+
+template <class T>
+struct ValueRow {
+  T* values;
+
+  __device__ ValueRow(T* values, int64_t first) : values(values + first * kValues) {}
+  // A code becomes f16 as it came of it: its sign, and three bits that are those of the value times 2^-14.
+  __device__ void store(const Block& block, uint64_t at) const {
+    const float factor = from_e4m3_pair(block.scale).x / kToHalf;
+    float y[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+      const uint32_t byte = block.codes[i / 8] >> 4 * (i % 8), pair = (byte & 0x0f) | (byte & 0xf0) << 12;
+      const uint32_t halves = (pair & 0x00080008) << 12 | (pair & 0x00070007) << 9;
+      const float2 both = __half22float2(reinterpret_cast<const __half2&>(halves));
+      y[i] = both.x * factor, y[i + 1] = both.y * factor;
+    }
+    Values<T> out;
+    pack(y, out);
+    store_values(values + at * kValues, out);
+  }
+};
+
+// A row whose scale is given, or a part of it: a thread has kKept blocks, blockDim.x apart.
+template <int kKept, class T, class Row>
+__device__ inline void quantize_row(const T* __restrict__ x, const float* __restrict__ global_scale, const Row& row,
+                                    unsigned blocks) {
   const unsigned begin = blockIdx.y * blockDim.x * kKept + threadIdx.x;
-  x += first * kValues, codes += first * (kValues / 2), scales += first;
   Values<T> kept[kKept];
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const unsigned block = begin + k * blockDim.x;
     if (block < blocks) kept[k] = load_values(x + uint64_t(block) * kValues);
   }
-  const float scale = global_scale[int64_t(blockIdx.x) * scale_stride];
-  const Divisor global(scale);
+  const Divisor global(*global_scale);
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const unsigned block = begin + k * blockDim.x;
     if (block >= blocks) return;
     const T* memory = x + uint64_t(block) * kValues;
-    store_block(quantize_block(kept[k], memory, largest_magnitude(kept[k]), global), block, codes, scales);
+    row.store(quantize_block(kept[k], memory, largest_magnitude(kept[k]), global), block);
   }
 }
 
-// A thread block a row; a thread keeps kKept blocks, or none if kKept is 0.
-template <class T, int kKept>
-__global__ void __launch_bounds__(kMaxThreads)
-    quantize_nvfp4_tokens_kernel(const T* __restrict__ x, uint8_t* __restrict__ codes, uint8_t* __restrict__ scales,
-                                 float* __restrict__ global_scale, unsigned blocks) {
+// A thread block a row, whose scale goes to `global_scale`; a thread keeps kKept blocks, or none if kKept is 0.
+template <int kKept, class T, class Row>
+__device__ inline void quantize_token(const T* __restrict__ x, float* __restrict__ global_scale, const Row& row,
+                                      unsigned blocks) {
   __shared__ unsigned scratch[kMaxThreads / kWarp];
-  const int64_t first = int64_t(blockIdx.x) * blocks;
-  x += first * kValues, codes += first * (kValues / 2), scales += first;
   Values<T> kept[kKept ? kKept : 1];
   unsigned most[kKept ? kKept : 1], most_of_row = 0;
 #pragma unroll
@@ -199,22 +227,58 @@ __global__ void __launch_bounds__(kMaxThreads)
       most_of_row = max(most_of_row, largest_magnitude(load_values(x + uint64_t(block) * kValues)));
   }
   const float scale = __fdiv_rn(__uint_as_float(block_max(most_of_row, scratch)), kLargest);
-  if (threadIdx.x == 0) global_scale[blockIdx.x] = scale;
+  if (threadIdx.x == 0) *global_scale = scale;
   const Divisor global(scale);
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const unsigned block = k * blockDim.x + threadIdx.x;
     if (block >= blocks) return;
     const T* memory = x + uint64_t(block) * kValues;
-    store_block(quantize_block(kept[k], memory, most[k], global), block, codes, scales);
+    row.store(quantize_block(kept[k], memory, most[k], global), block);
   }
   if constexpr (kKept == 0) {
     for (unsigned block = threadIdx.x; block < blocks; block += blockDim.x) {
       const T* memory = x + uint64_t(block) * kValues;
       const Values<T> values = load_values(memory);
-      store_block(quantize_block(values, memory, largest_magnitude(values), global), block, codes, scales);
+      row.store(quantize_block(values, memory, largest_magnitude(values), global), block);
     }
   }
+}
+
+// blockIdx.x is the row of every kernel.
+template <class T, int kKept>
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize_nvfp4_kernel(const T* __restrict__ x, const float* __restrict__ global_scale, uint8_t* __restrict__ codes,
+                          uint8_t* __restrict__ scales, unsigned blocks, int scale_stride) {
+  const int64_t first = int64_t(blockIdx.x) * blocks;
+  const float* scale = global_scale + int64_t(blockIdx.x) * scale_stride;
+  quantize_row<kKept>(x + first * kValues, scale, CodeRow(codes, scales, first), blocks);
+}
+
+template <class T, int kKept>
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize_nvfp4_tokens_kernel(const T* __restrict__ x, uint8_t* __restrict__ codes, uint8_t* __restrict__ scales,
+                                 float* __restrict__ global_scale, unsigned blocks) {
+  const int64_t first = int64_t(blockIdx.x) * blocks;
+  quantize_token<kKept>(x + first * kValues, global_scale + blockIdx.x, CodeRow(codes, scales, first), blocks);
+}
+
+template <class T, int kKept>
+__global__ void __launch_bounds__(kMaxThreads)
+    round_nvfp4_kernel(const T* __restrict__ x, const float* __restrict__ given_scale, T* __restrict__ out,
+                       float* __restrict__ global_scale, unsigned blocks, int scale_stride) {
+  const int64_t first = int64_t(blockIdx.x) * blocks;
+  const float* scale = given_scale + int64_t(blockIdx.x) * scale_stride;
+  if (blockIdx.y == 0 && threadIdx.x == 0) global_scale[blockIdx.x] = *scale;
+  quantize_row<kKept>(x + first * kValues, scale, ValueRow<T>(out, first), blocks);
+}
+
+template <class T, int kKept>
+__global__ void __launch_bounds__(kMaxThreads)
+    round_nvfp4_tokens_kernel(const T* __restrict__ x, T* __restrict__ out, float* __restrict__ global_scale,
+                              unsigned blocks) {
+  const int64_t first = int64_t(blockIdx.x) * blocks;
+  quantize_token<kKept>(x + first * kValues, global_scale + blockIdx.x, ValueRow<T>(out, first), blocks);
 }
 
 // amax(|row|) / divisor, a thread block a row. Rows that are no whole number of 16-byte vectors go value by value.
@@ -235,6 +299,31 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (threadIdx.x == 0) out[blockIdx.x] = __fdiv_rn(__uint_as_float(most), divisor);
 }
 
+// `start(kKept, grid, threads)`, kKept a constant: where no row has to meet, and where it does.
+template <int kKept>
+using Kept = std::integral_constant<int, kKept>;
+
+template <class Start>
+cudaError_t spread_blocks(int64_t rows, int64_t blocks, Start&& start) {
+  auto with = [&](auto kept) {
+    const int threads = whole_warps(ceil_div(blocks, kept), kGivenThreads);
+    start(kept, dim3(rows, ceil_div(blocks, threads * kept)), threads);
+    return cudaGetLastError();
+  };
+  return rows <= kFewRows ? with(Kept<1>()) : with(Kept<2>());
+}
+
+template <class Start>
+cudaError_t spread_rows(int64_t rows, int64_t blocks, Start&& start) {
+  auto with = [&](auto kept) {
+    start(kept, dim3(rows), whole_warps(ceil_div(blocks, kept ? kept : 1), kMaxThreads));
+    return cudaGetLastError();
+  };
+  if (rows <= kFewRows && blocks <= kMaxThreads) return with(Kept<1>());
+  if (blocks <= 2 * kMaxThreads) return with(Kept<2>());
+  return blocks <= 4 * kMaxThreads ? with(Kept<4>()) : with(Kept<0>());
+}
+
 }  // namespace
 
 cudaError_t nvfp4_global_scale(In x, float* out, int64_t rows, int64_t width, double divisor, cudaStream_t stream) {
@@ -251,19 +340,12 @@ cudaError_t quantize_nvfp4(In x, const float* global_scale, uint8_t* codes, Out 
   if (!aligned(x.data) || !aligned(codes)) return cudaErrorMisalignedAddress;
   return for_float_type(x.type, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t blocks = width / kValues;
-    auto start = [&](auto kernel, int kept) {
-      const int threads = whole_warps(ceil_div(blocks, kept), kGivenThreads);
-      const dim3 grid(rows, ceil_div(blocks, threads * kept));
-      kernel<<<grid, threads, 0, stream>>>(static_cast<const T*>(x.data), global_scale, codes,
-                                           static_cast<uint8_t*>(scales.data), unsigned(blocks), per_row);
-    };
-    if (rows <= kFewRows) {
-      start(quantize_nvfp4_kernel<T, 1>, 1);
-    } else {
-      start(quantize_nvfp4_kernel<T, 2>, 2);
-    }
-    return cudaGetLastError();
+    const unsigned blocks = width / kValues;
+    return spread_blocks(rows, blocks, [&](auto kept, dim3 grid, int threads) {
+      quantize_nvfp4_kernel<T, kept.value>
+          <<<grid, threads, 0, stream>>>(static_cast<const T*>(x.data), global_scale, codes,
+                                         static_cast<uint8_t*>(scales.data), blocks, per_row);
+    });
   });
 }
 
@@ -272,21 +354,32 @@ cudaError_t quantize_nvfp4_tokens(In x, uint8_t* codes, Out scales, float* globa
   if (!aligned(x.data) || !aligned(codes)) return cudaErrorMisalignedAddress;
   return for_float_type(x.type, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t blocks = width / kValues;
-    auto start = [&](auto kernel, int kept) {
-      kernel<<<rows, whole_warps(ceil_div(blocks, kept), kMaxThreads), 0, stream>>>(
-          static_cast<const T*>(x.data), codes, static_cast<uint8_t*>(scales.data), global_scale, unsigned(blocks));
-    };
-    if (rows <= kFewRows && blocks <= kMaxThreads) {
-      start(quantize_nvfp4_tokens_kernel<T, 1>, 1);
-    } else if (blocks <= 2 * kMaxThreads) {
-      start(quantize_nvfp4_tokens_kernel<T, 2>, 2);
-    } else if (blocks <= 4 * kMaxThreads) {
-      start(quantize_nvfp4_tokens_kernel<T, 4>, 4);
-    } else {
-      start(quantize_nvfp4_tokens_kernel<T, 0>, 1);
+    const unsigned blocks = width / kValues;
+    return spread_rows(rows, blocks, [&](auto kept, dim3 grid, int threads) {
+      quantize_nvfp4_tokens_kernel<T, kept.value>
+          <<<grid, threads, 0, stream>>>(static_cast<const T*>(x.data), codes, static_cast<uint8_t*>(scales.data),
+                                         global_scale, blocks);
+    });
+  });
+}
+
+cudaError_t round_nvfp4(In x, Maybe<const float> given_scale, Out out, float* global_scale, int64_t rows, int64_t width,
+                        bool per_row, cudaStream_t stream) {
+  if (!aligned(x.data) || !aligned(out.data)) return cudaErrorMisalignedAddress;
+  return for_float_type(x.type, [&](auto zero) {
+    using T = decltype(zero);
+    const auto* from = static_cast<const T*>(x.data);
+    auto* to = static_cast<T*>(out.data);
+    const unsigned blocks = width / kValues;
+    if (given_scale.data == nullptr) {
+      return spread_rows(rows, blocks, [&](auto kept, dim3 grid, int threads) {
+        round_nvfp4_tokens_kernel<T, kept.value><<<grid, threads, 0, stream>>>(from, to, global_scale, blocks);
+      });
     }
-    return cudaGetLastError();
+    return spread_blocks(rows, blocks, [&](auto kept, dim3 grid, int threads) {
+      round_nvfp4_kernel<T, kept.value>
+          <<<grid, threads, 0, stream>>>(from, given_scale.data, to, global_scale, blocks, per_row);
+    });
   });
 }
 

@@ -2,20 +2,16 @@
 //
 // topk_gate: a block a token. A thread scores one expert (two above 512), so that a single token waits for one softplus
 // and not for a chain of them. Then the first warp holds every expert's key, score + bias as an integer of the same
-// order, in registers, and K times takes the largest: the maximum over the warp, then the lowest index that has it, one
-// redux instruction each. 4 E bytes are read and 12 K written a token; one token takes as long as its dependent steps
-// (launch, load, softplus, K rounds, division), many tokens as long as their instructions.
+// order, in registers, and K times takes the largest (choose.cuh). 4 E bytes are read and 12 K written a token; one
+// token takes as long as its dependent steps (launch, load, softplus, K rounds, division), many tokens as long as their
+// instructions. For few tokens route.cu does this in the launch that makes the logits.
 // hash_gate: a warp a token, a lane an expert of the table's row.
-// Scores are rounded like torch's: accurate exp, log1p and sqrt, no contraction across them.
-#include "common/device.cuh"
-#include "common/order.cuh"
+#include "router/choose.cuh"
 
 namespace dsv4 {
 namespace {
 
 constexpr int kMaxExperts = 1024;
-
-__device__ inline float score(float logit) { return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit))); }
 
 // The routing weights of one token, by one warp, from the scores of its experts in slot order: score / sum * scale.
 __device__ inline void write_weights(const float* chosen, int top_k, float scale, float* weights) {
@@ -27,24 +23,23 @@ __device__ inline void write_weights(const float* chosen, int top_k, float scale
 template <int kPerLane>
 constexpr int kThreads = kWarp * (kPerLane < 16 ? kPerLane : 16);
 
-// Lane l of the choosing warp holds the experts l, l + 32, ..
 template <int kPerLane>
 __global__ void __launch_bounds__(kThreads<kPerLane>)
     topk_gate_kernel(const float* __restrict__ logits, const float* __restrict__ bias, float* __restrict__ weights,
                      int64_t* __restrict__ experts, int num_experts, int top_k, float scale) {
   __shared__ float scores[kWarp * kPerLane];
-  __shared__ unsigned keys[kWarp * kPerLane];
+  __shared__ alignas(16) unsigned keys[kWarp * kPerLane];
   __shared__ float chosen[kWarp * kPerLane];
   int64_t token = blockIdx.x;
   int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < kWarp * kPerLane / kThreads<kPerLane>; ++i) {
     int expert = i * kThreads<kPerLane> + threadIdx.x;
-    unsigned key = 0;  // less than that of any expert that may still be taken
+    unsigned key = 0;
     if (expert < num_experts) {
       float logit = logits[token * num_experts + expert], its_bias = bias[expert];  // both loads before the softplus
       float s = score(logit);
-      key = max(ordered(s + its_bias), 1u);  // whatever a NaN's bits are, there is a next one to take
+      key = key_of(s, its_bias);
       scores[expert] = s;
     }
     keys[expert] = key;
@@ -52,22 +47,12 @@ __global__ void __launch_bounds__(kThreads<kPerLane>)
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
 
-  unsigned held[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) held[i] = keys[i * kWarp + lane];
+  Keys<kPerLane> left(keys);
   for (int first = 0; first < top_k; first += kWarp) {
     int mine = 0;  // the choice number first + lane
     for (int k = first; k < min(first + kWarp, top_k); ++k) {
-      unsigned most = 0, at = 0;  // this lane's largest key, and the lowest expert that has it
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) most = max(most, held[i]);
-#pragma unroll
-      for (int i = kPerLane - 1; i >= 0; --i) at = held[i] == most ? i * kWarp + lane : at;
-      unsigned best = __reduce_max_sync(kFullMask, most) == most ? at : kMaxExperts;
-      best = __reduce_min_sync(kFullMask, best);
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) held[i] = best == i * kWarp + lane ? 0 : held[i];
-      mine = k == first + lane ? best : mine;
+      const int expert = left.take();
+      mine = k == first + lane ? expert : mine;
     }
     if (first + lane < top_k) {
       chosen[first + lane] = scores[mine];

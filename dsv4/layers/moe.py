@@ -1,15 +1,12 @@
 """The mixture-of-experts sublayer: router, routed experts, shared expert."""
 
-import torch
 from torch import Tensor
 
 from dsv4.config import ModelConfig
 from dsv4.layers.weights import Weights
 from dsv4.numerics import Numerics
-from dsv4.ops.formats import Plain, stored
-from dsv4.ops.gemm import linear
-from dsv4.ops.moe import Expert, run_experts
-from dsv4.ops.router import gate_logits, hash_gate, topk_gate
+from dsv4.ops.moe import Expert, bank_experts, run_experts
+from dsv4.ops.router import route_hash, route_topk
 
 
 class Router:
@@ -25,14 +22,11 @@ class Router:
 
     def forward(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D], token_ids [T] -> routing weights [T, K] f32, experts [T, K] i64."""
-        if isinstance(stored(self.weight), Plain):
-            logits = gate_logits(x, self.weight)  # [T, E] f32
-        else:
-            logits = linear(x, self.weight, activations=self.activations, out_dtype=torch.float32)
+        how = {"scale": self.scale, "activations": self.activations}
         if self.tid2eid is not None:
-            return hash_gate(logits, token_ids, self.tid2eid, scale=self.scale)
+            return route_hash(x, self.weight, token_ids, self.tid2eid, **how)
         assert self.bias is not None
-        return topk_gate(logits, self.bias, top_k=self.top_k, scale=self.scale)
+        return route_topk(x, self.weight, self.bias, top_k=self.top_k, **how)
 
 
 class Moe:
@@ -42,8 +36,9 @@ class Moe:
         self.limit = config.swiglu_limit
         self.activations = numerics.activations
         self.router = Router(config, numerics, hashed, weights)
-        self.experts = [_expert(weights.scope(f"experts.{e}")) for e in range(config.num_experts)]
+        experts = [_expert(weights.scope(f"experts.{e}")) for e in range(config.num_experts)]
         self.shared = _expert(weights.scope("shared_experts"))
+        self.experts = bank_experts(experts, self.shared)
 
     def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """x [T, D], token_ids [T] -> [T, D]."""

@@ -8,6 +8,7 @@ from dsv4.layers.mtp import MtpBlock
 from dsv4.layers.weights import Weights
 from dsv4.loading.checkpoint import Checkpoint
 from dsv4.loading.mapping import Slot, layer_slots, mtp_slots, trunk_slots
+from dsv4.loading.repack import repack
 from dsv4.loading.requantize import requantize
 from dsv4.model import Transformer
 from dsv4.numerics import Numerics
@@ -25,9 +26,10 @@ def assemble(
 ) -> Transformer:
     """Read every slot once and build the model on ``device``.
 
-    Each layer's weights are checked, moved and re-quantised before the next layer is read, so the host
-    holds at most the model and one layer more. On the CPU up to ``cache_dequantised_mb`` MiB of
-    dequantised matrices are kept. Raises ``ValueError`` naming file and tensor for bad values.
+    Each layer's weights are checked, moved, re-quantised and, on CUDA, packed before the next layer is read,
+    so the host holds at most the model and one layer more, a GPU the model and one slab of packed matrices.
+    On the CPU up to ``cache_dequantised_mb`` MiB of dequantised matrices are kept. Raises ``ValueError``
+    naming file and tensor for bad values.
     """
     config = checkpoint.config
     matrices = MatrixCache(cache_dequantised_mb << 20) if device.type == "cpu" else None
@@ -39,7 +41,11 @@ def assemble(
         done += sum(checkpoint.stored[slot.name].nbytes for slot in slots)
         if progress is not None:
             progress(done, checkpoint.nbytes)
-        return Weights({name: _prepare(name, value, numerics, matrices) for name, value in loaded.items()})
+        for name in loaded:  # in place: what is replaced is freed at once
+            loaded[name] = _prepare(name, loaded[name], numerics, matrices)
+        if device.type == "cuda":
+            repack(loaded)
+        return Weights(loaded)
 
     blocks = []
     for layer in range(config.num_layers):
@@ -63,6 +69,8 @@ def assemble(
     weights = read(trunk_slots(config))
     model = Transformer(config, numerics, weights, blocks, mtp)
     weights.assert_empty()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what matrices were before they were packed
     return model
 
 

@@ -64,11 +64,19 @@ def op(reference: Callable[..., Any], *, kernel: bool = False) -> Callable[[Call
 
 
 def _needs_grad(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args))
 
 
 def _on_cuda(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
+    return any(tensor.is_cuda for tensor in _tensors(args))
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments and in those that are tuples, as weights are (ops/formats.py)."""
+    for arg in args:
+        for value in arg if isinstance(arg, tuple) else (arg,):
+            if isinstance(value, torch.Tensor):
+                yield value
 
 
 def rooms() -> tuple[str, ...]:

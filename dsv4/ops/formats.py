@@ -1,7 +1,8 @@
 """The weight types: one small NamedTuple a format, so that codes and scales never drift apart.
 
 Formats and layouts are those of docs/model.md section 4. Weights stay in memory as they are
-stored; ``unscaled`` is what a matrix product reads, ``dequantize`` the plain fp32 matrix.
+stored, but for 4-bit ones on CUDA, which become ``Packed`` when they are loaded; ``unscaled`` is what
+a matrix product reads, ``dequantize`` the plain fp32 matrix.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,17 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32
 FP8_BLOCK = 128
+
+# Packed matrices: a unit, and the bits of a 16-bit half word in which the four codes of an mma step stand,
+# each as sign, exponent (2 bits), mantissa: where shifts and masks make fp16 of NVFP4, bf16 of MXFP4.
+UNIT_ROWS, UNIT_COLUMNS = 16, 256
+UNIT_CODES = UNIT_ROWS * UNIT_COLUMNS // 2  # bytes; the scales follow
+BLOCK_OF = {"nvfp4": NVFP4_BLOCK, "mxfp4": MXFP4_BLOCK}
+CODE_BITS = {
+    "nvfp4": ((7, 3, 2, 1), (0, 6, 5, 4), (15, 11, 10, 9), (8, 14, 13, 12)),
+    "mxfp4": ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13)),
+}
+BOTH_HALVES = 0x00010001  # a bit of the even column's code and the same bit of the odd one's
 
 
 class Plain(NamedTuple):
@@ -49,15 +61,39 @@ class Fp8Block(NamedTuple):
     w_sf: Tensor
 
 
+class Packed(NamedTuple):
+    """A 4-bit matrix [N, K] as the matrix kernels read it: ``data`` [units, 2304 (nvfp4) or 2176 (mxfp4)] u8.
+
+    A unit has 16 rows and 256 columns, padded with zero codes and zero scales; units stand row tile by row
+    tile, ascending in K within it. Lane 4 g + t of a warp owns rows g and g + 8 and, of each 64 columns, the
+    16 from 16 t on. First the codes, 4 pieces (64 columns) x 32 lanes x 4 words; word i holds the lane's
+    columns 4 i .. + 3, in its low half columns 0 of row g, 0 of row g + 8, 2 of row g, 2 of row g + 8 on the
+    bits of ``CODE_BITS``, in its high half columns 1 and 3 likewise. Then the scales: bytes [g, lanes of a
+    scale, piece, (row g, row g + 8)], where a scale belongs to one t (nvfp4) or two (mxfp4). ``kind`` is
+    "nvfp4" or "mxfp4"; ``gs`` and ``in_gs`` are an Nvfp4's
+    ``w_gs`` and ``in_gs``, None of an Mxfp4.
+    """
+
+    kind: str
+    data: Tensor
+    gs: Tensor | None
+    n: int
+    k: int
+    in_gs: Tensor | None = None
+
+
+Bare = Plain | Nvfp4 | Mxfp4 | Fp8Block | Packed
+
+
 class Memo(NamedTuple):
     """A weight on the CPU whose unscaled matrix may be kept in ``cache`` under ``key``."""
 
-    weight: "Plain | Nvfp4 | Mxfp4 | Fp8Block"
+    weight: Bare
     cache: "MatrixCache"
     key: int
 
 
-Weight = Plain | Nvfp4 | Mxfp4 | Fp8Block | Memo
+Weight = Bare | Memo
 
 
 class MatrixCache:
@@ -72,11 +108,11 @@ class MatrixCache:
         self._kept: dict[int, Tensor] = {}
         self._keys = 0
 
-    def wrap(self, weight: "Plain | Nvfp4 | Mxfp4 | Fp8Block") -> "Memo":
+    def wrap(self, weight: Bare) -> Memo:
         self._keys += 1
         return Memo(weight, self, self._keys)
 
-    def matrix(self, memo: "Memo") -> Tensor:
+    def matrix(self, memo: Memo) -> Tensor:
         kept = self._kept.get(memo.key)
         if kept is None:
             kept = _matrix(memo.weight)
@@ -87,21 +123,29 @@ class MatrixCache:
         return kept
 
 
-def stored(weight: Weight) -> "Plain | Nvfp4 | Mxfp4 | Fp8Block":
+def stored(weight: Weight) -> Bare:
     """The weight itself, without the CPU cache around it."""
     return weight.weight if isinstance(weight, Memo) else weight
+
+
+def is_nvfp4(weight: Weight) -> bool:
+    """Whether the weight is NVFP4, stored or packed: it has an ``in_gs`` and may meet NVFP4 activations."""
+    weight = stored(weight)
+    return isinstance(weight, Nvfp4) or (isinstance(weight, Packed) and weight.kind == "nvfp4")
 
 
 def shape_of(weight: Weight) -> tuple[int, int]:
     """The logical shape (N, K)."""
     weight = stored(weight)
+    if isinstance(weight, Packed):
+        return weight.n, weight.k
     n, k = weight.w.shape
     return (n, 2 * k) if isinstance(weight, Nvfp4 | Mxfp4) else (n, k)
 
 
 def nbytes(weight: Weight) -> int:
     """Bytes held by every tensor of the weight."""
-    parts = [part for part in stored(weight) if part is not None]
+    parts = [part for part in stored(weight) if isinstance(part, Tensor)]
     return sum(part.numel() * part.element_size() for part in parts)
 
 
@@ -116,6 +160,8 @@ def unscaled(weight: Weight) -> tuple[Tensor, Tensor | None]:
     else:
         matrix = _matrix(weight)
     inner = stored(weight)
+    if isinstance(inner, Packed):
+        return matrix, inner.gs
     return matrix, inner.w_gs if isinstance(inner, Nvfp4) else None
 
 
@@ -138,9 +184,44 @@ def e8m0_to_float(scale: Tensor) -> Tensor:
     return scale.view(torch.float8_e8m0fnu).float()
 
 
-def _matrix(weight: "Plain | Nvfp4 | Mxfp4 | Fp8Block") -> Tensor:
+def packed_shape(kind: str, n: int, k: int) -> tuple[int, int]:
+    """Units of a packed matrix [n, k], and bytes of one: the shape of ``Packed.data``."""
+    units = -(-n // UNIT_ROWS) * -(-k // UNIT_COLUMNS)
+    return units, UNIT_CODES + UNIT_ROWS * UNIT_COLUMNS // BLOCK_OF[kind]
+
+
+def unpack(weight: Packed) -> Nvfp4 | Mxfp4:
+    """The weight as it was stored, bit by bit."""
+    block = BLOCK_OF[weight.kind]
+    tiles, across = -(-weight.n // UNIT_ROWS), -(-weight.k // UNIT_COLUMNS)
+    words = weight.data[:, :UNIT_CODES].contiguous().view(torch.int32).view(tiles, across, 4, 8, 4, 4)
+    codes = unpack_words(words, weight.kind)  # [row tile, unit, piece, g, t, i, column pair, row g or g + 8]
+    codes = codes.permute(0, 7, 3, 1, 2, 4, 5, 6).reshape(tiles * UNIT_ROWS, across * UNIT_COLUMNS // 2)
+    scales = weight.data[:, UNIT_CODES:].reshape(tiles, across, 8, UNIT_COLUMNS // block // 4, 4, 2)
+    scales = scales.permute(0, 5, 2, 1, 4, 3).reshape(tiles * UNIT_ROWS, across * UNIT_COLUMNS // block)
+    w = codes[: weight.n, : weight.k // 2].contiguous()
+    w_sf = scales[: weight.n, : weight.k // block].contiguous()
+    if weight.kind == "nvfp4":
+        return Nvfp4(w, w_sf.view(torch.float8_e4m3fn), weight.gs, weight.in_gs)
+    return Mxfp4(w, w_sf.view(torch.float8_e8m0fnu))
+
+
+def unpack_words(words: Tensor, kind: str) -> Tensor:
+    """Packed words [...] i32 -> bytes of codes [..., 2, 2] u8: columns 0, 1 or 2, 3; row g or row g + 8."""
+    codes = []
+    for bits in CODE_BITS[kind]:
+        pair = torch.zeros_like(words)  # of codes: the even column's in the low half, the odd one's above
+        for place, bit in zip(bits, (3, 2, 1, 0), strict=True):
+            pair |= ((words >> place) & BOTH_HALVES) << bit
+        codes.append(((pair | pair >> 12) & 0xFF).to(torch.uint8))
+    return torch.stack(codes, dim=-1).unflatten(-1, (2, 2))
+
+
+def _matrix(weight: Bare) -> Tensor:
     if isinstance(weight, Plain):
         return weight.w.float()
+    if isinstance(weight, Packed):
+        weight = unpack(weight)
     if isinstance(weight, Nvfp4):
         return _blockwise(unpack_e2m1(weight.w), weight.w_sf.float(), NVFP4_BLOCK)
     if isinstance(weight, Mxfp4):

@@ -73,12 +73,12 @@ def test_tiny_against_cpu(
 
 @pytest.mark.large
 def test_kernels_against_references_on_the_gpu() -> None:
-    """In f32 no rounding hides an error of a kernel."""
+    """In f32 no rounding hides an error of a kernel. Tensor cores do not round every sum to nearest."""
     ids = token_ids()[:700]
     kernels = tiny("cuda", "float32").logits(ids, chunk=64)
     references = tiny("cuda", "float32", ("all",)).logits(ids, chunk=64)
     kl, differ = divergence(references, kernels)
-    assert kl < 1e-6 and differ == 0
+    assert kl < 1e-5 and differ == 0
 
 
 def test_repetition_and_a_fresh_sequence_after_another() -> None:
@@ -92,13 +92,13 @@ def test_repetition_and_a_fresh_sequence_after_another() -> None:
 def test_rows_of_a_step(step: int) -> None:
     """Steps of up to 8 tokens against token by token, over both compressors' emissions.
 
-    Each kernel keeps the bits of a row (the rooms' tests). Matrix products and attention run on the
-    references, whose bits change with the shape, so the whole model is compared closely only.
+    Each kernel keeps the bits of a row (the rooms' tests). Attention runs on its reference, whose bits change
+    with the shape, so the whole model is compared closely only.
     """
     engine, ids = tiny("cuda", "float32"), token_ids()[:140]
     single, several = engine.logits(ids, chunk=1), engine.logits(ids, chunk=step)
     kl, differ = divergence(single, several)
-    assert kl < 1e-6 and differ == 0
+    assert kl < 1e-5 and differ == 0
 
 
 def test_snapshot_and_restore() -> None:

@@ -57,10 +57,12 @@ def test_nvfp4(sizes: Sizes, tokens: int, dtype: torch.dtype, cuda_normal: Norma
         case = f"{sizes.name} {shape} {dtype}"
         assert_same(lambda room, x=x: room.quantize_nvfp4_tokens(x), case)
         assert_same(lambda room, x=x: room.nvfp4_global_scale(x, per_token=True), case)
+        assert_same(lambda room, x=x: room.round_nvfp4(x), case)
         if tokens:
             assert_same(lambda room, x=x: room.nvfp4_global_scale(x, per_token=False), case)
         for scale in (torch.tensor(0.003, device="cuda"), torch.exp2(4 * cuda_normal(*shape[:-1], 1) - 9)):
             assert_same(lambda room, x=x, scale=scale: room.quantize_nvfp4(x, scale), case)
+            assert_same(lambda room, x=x, scale=scale: room.round_nvfp4(x, scale), case)
 
 
 @DTYPES
@@ -121,10 +123,12 @@ def test_nvfp4_extremes(dtype: torch.dtype, cuda_normal: Normal) -> None:
     for shift in (-12, -4, 0, 6, 9, 15):
         scale = torch.exp2(powers - shift)
         assert_same(lambda room, s=scale: room.quantize_nvfp4(rows, s), f"{shift}")
+        assert_same(lambda room, s=scale: room.round_nvfp4(rows, s), f"{shift}")
     odd = x.to(dtype)
     odd[1, 20], odd[4, 33], odd[5, 3], odd[6, 40] = math.inf, -math.inf, math.nan, 1e-40
     for scale in torch.tensor([0.0, 1e-42, 1.0, 1e38], device="cuda"):
         assert_same(lambda room, s=scale: room.quantize_nvfp4(odd, s), f"{scale}")
+        assert_same(lambda room, s=scale: room.round_nvfp4(odd, s), f"{scale}")
 
 
 @DTYPES
@@ -184,6 +188,8 @@ def test_bits(sizes: Sizes, cuda_normal: Normal) -> None:
     calls: list[tuple[Tensor, Callable[[Tensor], Tensor | tuple[Tensor, ...]]]] = [
         (x, quant.quantize_nvfp4_tokens),
         (x, lambda rows: quant.quantize_nvfp4(rows, scale)),
+        (x, quant.round_nvfp4),
+        (x, lambda rows: quant.round_nvfp4(rows, scale)),
         (x, lambda rows: quant.nvfp4_global_scale(rows, per_token=True)),
         (x, quant.quantize_fp8),
         (x, quant.round_fp8),
@@ -202,6 +208,7 @@ def test_what_it_cannot_take(cuda_normal: Normal) -> None:
     x = cuda_normal(64, 32)
     calls: list[Callable[[Tensor], object]] = [
         quant.quantize_nvfp4_tokens,
+        quant.round_nvfp4,
         lambda x: quant.nvfp4_global_scale(x, per_token=True),
         quant.quantize_fp8,
         quant.round_fp8,
@@ -216,6 +223,8 @@ def test_what_it_cannot_take(cuda_normal: Normal) -> None:
     for call, words in (
         (lambda: quant.quantize_nvfp4_tokens(cuda_normal(4, 40)), "multiple of 16"),
         (lambda: quant.quantize_nvfp4(x, cuda_normal(64)), "global_scale: expected"),
+        (lambda: quant.round_nvfp4(x, cuda_normal(64)), "global_scale: expected"),
+        (lambda: quant.round_nvfp4(cuda_normal(4, 40)), "multiple of 16"),
         (lambda: quant.round_index(cuda_normal(4, 48)), "32, 64, 128 or 256"),
         (lambda: quant.round_kv(x, rope_dim=33), "rope_dim: expected"),
     ):

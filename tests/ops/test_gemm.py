@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4.ops.formats import Fp8Block, MatrixCache, Mxfp4, Nvfp4, Plain, Weight
-from dsv4.ops.gemm import grouped_linear, linear
+from dsv4.ops.gemm import grouped_linear, linear, linear_stack
 
 FORMATS = ("bf16", "f32", "nvfp4", "nvfp4 without input scale", "mxfp4", "fp8", "fp8 with f32 scales")
 ACTIVATIONS = ("bf16", "fp8", "nvfp4")
@@ -208,3 +208,30 @@ def test_out_dtype(form: str, rng: np.random.Generator, normal: Callable[..., Te
     assert full.dtype == torch.float32
     assert torch.equal(full, linear(x.float(), weight))
     assert torch.equal(linear(x, weight), full.bfloat16())
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_stack_is_linear_with_each_weight(
+    dtype: torch.dtype, activations: str, rng: np.random.Generator, normal: Callable[..., Tensor]
+) -> None:
+    """Bit by bit, in the order given; each weight rounds the input as it would alone, each has its dtype."""
+    weights = [random_weight(form, 24 + 3 * i, 160, rng)[0] for i, form in enumerate((*FORMATS, *FORMATS))]
+    assert isinstance(weights[2], Nvfp4)
+    weights[2] = weights[2]._replace(in_gs=torch.tensor(0.01))  # another than the second of its format
+    weights[4] = MatrixCache(1 << 20).wrap(weights[4])
+    dtypes = [(None, torch.float32, torch.bfloat16)[i % 3] for i in range(len(weights))]
+    for tokens in (0, 1, 7):
+        x = normal(tokens, 160).to(dtype)
+        found = linear_stack(x, weights, activations=activations, out_dtypes=dtypes)
+        assert isinstance(found, tuple)
+        for y, weight, out_dtype in zip(found, weights, dtypes, strict=True):
+            want = linear(x, weight, activations=activations, out_dtype=out_dtype)
+            assert y.dtype == (out_dtype or dtype) and torch.equal(y, want)
+
+
+def test_a_stack_of_nothing_and_of_too_few_dtypes(rng: np.random.Generator) -> None:
+    weight, x = random_weight("mxfp4", 16, 64, rng)[0], torch.ones(2, 64)
+    assert linear_stack(x, (), out_dtypes=()) == ()
+    with pytest.raises(ValueError, match="shorter"):
+        linear_stack(x, (weight, weight), out_dtypes=(None,))

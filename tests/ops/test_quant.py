@@ -153,6 +153,24 @@ def test_nvfp4_tokens_at_once(normal: Normal, dtype: torch.dtype) -> None:
     assert [t.shape for t in quant.quantize_nvfp4_tokens(x[:0])] == [(0, 5, 32), (0, 5, 4), (0, 5, 1)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvfp4_values(normal: Normal, dtype: torch.dtype) -> None:
+    """Codes by table times scales by table, exact in either dtype; the scale of each row comes along."""
+    x = (normal(3, 5, 64) * torch.exp2(4 * normal(3, 5, 1))).to(dtype)
+    x[1, 2], x[0, 0, 3] = 0, -0.0
+    own = quant.nvfp4_global_scale(x, per_token=True)
+    for given in (None, torch.tensor(0.02), 3 * own):
+        values, gs = quant.round_nvfp4(x, given)
+        expected_gs = own if given is None else given.expand(3, 5, 1)
+        codes, scale = quant.quantize_nvfp4(x, expected_gs.contiguous())
+        magnitudes, code = torch.from_numpy(E2M1), torch.tensor(nibbles(codes)).view(3, 5, 64)
+        sized = magnitudes[code & 7] * torch.from_numpy(E4M3)[bits(scale).int()].repeat_interleave(16, -1)
+        assert values.dtype == dtype and torch.equal(values.double(), torch.where(code > 7, -1, 1) * sized)
+        assert torch.equal(values.signbit(), code > 7)
+        assert gs.dtype == torch.float32 and gs.is_contiguous() and torch.equal(gs, expected_gs)
+    assert [t.shape for t in quant.round_nvfp4(x[:0])] == [(0, 5, 64), (0, 5, 1)]
+
+
 def test_nvfp4_order_of_the_divisions(rng: np.random.Generator, normal: Normal) -> None:
     """Scales and elements within an ulp of a tie, where another order of the operations gives other codes."""
     gs = torch.exp2(3 * normal(4000, 1)).numpy()

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.ops.formats import MatrixCache, Plain
-from dsv4.ops.router import gate_logits, hash_gate, topk_gate
+from dsv4.ops.formats import MatrixCache, Nvfp4, Plain, Weight, dequantize
+from dsv4.ops.gemm import linear
+from dsv4.ops.pack import pack_weight
+from dsv4.ops.quant import quantize_nvfp4
+from dsv4.ops.router import gate_logits, hash_gate, route_hash, route_topk, topk_gate
 
 
 def score(logit: float) -> float:
@@ -103,3 +106,45 @@ def test_hash_gate(tokens: int, rng: np.random.Generator, normal: Callable[..., 
     assert experts.tolist() == [table[token].tolist() for token in ids]
     rows = zip(logits.tolist(), ids, strict=True)
     assert_weights(weights, [weights_of(row, table[token].tolist(), 1.5) for row, token in rows])
+
+
+def gates(normal: Callable[..., Tensor]) -> dict[str, Weight]:
+    """A gate of 24 experts in every form, width 48."""
+    w, global_scale = normal(24, 48).bfloat16(), torch.tensor(1 / 2048)
+    nvfp4 = Nvfp4(*quantize_nvfp4(w.float(), global_scale), global_scale)
+    cached = MatrixCache(1 << 20).wrap(Plain(w))
+    return {"plain": Plain(w), "nvfp4": nvfp4, "packed": pack_weight(nvfp4), "cached": cached}
+
+
+@pytest.mark.parametrize("form", ["plain", "nvfp4", "packed", "cached"])
+def test_routing_from_the_input(form: str, normal: Callable[..., Tensor]) -> None:
+    """From x to weights and experts, for few tokens and many: double precision from the gate's values."""
+    weight, bias = gates(normal)[form], normal(24)
+    matrix = dequantize(weight).double()
+    for tokens in (0, 1, 8, 9, 20):
+        x, ids = normal(tokens, 48).bfloat16(), torch.arange(tokens)
+        table = torch.stack([torch.arange(t, t + 5) for t in range(20)])
+        rows = (x.double() @ matrix.T).tolist()
+        weights, experts = route_topk(x, weight, bias, top_k=6, scale=1.5)
+        want = [best([score(v) + b for v, b in zip(row, bias.tolist(), strict=True)], 6) for row in rows]
+        assert experts.shape == (tokens, 6) and experts.tolist() == want
+        for found, row, chosen in zip(weights, rows, want, strict=True):
+            np.testing.assert_allclose(found.numpy(), weights_of(row, chosen, 1.5), rtol=2e-5)
+        weights, experts = route_hash(x, weight, ids, table, scale=2.5)
+        assert experts.tolist() == table[:tokens].tolist()
+        for found, row, chosen in zip(weights, rows, experts.tolist(), strict=True):
+            np.testing.assert_allclose(found.numpy(), weights_of(row, chosen, 2.5), rtol=2e-5)
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "nvfp4"])
+def test_activations_meet_quantised_gates_only(activations: str, normal: Callable[..., Tensor]) -> None:
+    """A plain gate sees the input as it is, an NVFP4 one what ``activations`` makes of it."""
+    forms, bias, x = gates(normal), normal(24), normal(5, 48).bfloat16()
+    for form, weight in forms.items():
+        logits = gate_logits(x, weight, activations=activations)
+        changed = not torch.equal(logits, gate_logits(x, weight))
+        assert changed == (form in ("nvfp4", "packed") and activations != "bf16")
+        assert torch.equal(logits, linear(x, weight, activations=activations, out_dtype=torch.float32))
+        found = route_topk(x, weight, bias, top_k=4, scale=1.0, activations=activations)
+        for part, want in zip(found, topk_gate(logits, bias, top_k=4, scale=1.0), strict=True):
+            assert torch.equal(part, want)

@@ -56,11 +56,7 @@ def quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     whose global scale is zero, gets zero codes. Source: docs/model.md 4.2.
     """
     rows, width = _rows(x)
-    Shapes().check("global_scale", global_scale, "...", torch.float32)
-    per_row = global_scale.dim() > 0
-    assert not per_row or global_scale.shape == (*x.shape[:-1], 1), (
-        f"global_scale: expected [] or {[*x.shape[:-1], 1]}, found {list(global_scale.shape)}"
-    )
+    per_row = _is_per_row(global_scale, x)
     codes, scales = _nvfp4_outputs(x)
     if x.numel():
         _C.quantize_nvfp4(x, global_scale, codes, scales, rows, width, per_row)
@@ -80,6 +76,24 @@ def quantize_nvfp4_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel():
         _C.quantize_nvfp4_tokens(x, codes, scales, global_scale, rows, width)
     return codes, scales, global_scale
+
+
+@op(reference.round_nvfp4, kernel=True)
+def round_nvfp4(x: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a matrix product reads of NVFP4 activations: x [..., K], K a multiple of 16.
+
+    Returns code x block scale of ``quantize_nvfp4``, exact in x's dtype [..., K], and the global scale of
+    each row [..., 1] f32, which multiplies the sums: the given one ([] or [..., 1]), or amax(|row|) / 2688
+    where none is given. Source: docs/model.md 2.13, 4.2.
+    """
+    rows, width = _rows(x)
+    assert width and width % NVFP4_BLOCK == 0, f"x: expected rows of a multiple of 16, found {list(x.shape)}"
+    per_row = global_scale is not None and _is_per_row(global_scale, x)
+    out = torch.empty_like(x)
+    scales = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    if rows:
+        _C.round_nvfp4(x, global_scale, out, scales, rows, width, per_row)
+    return out, scales
 
 
 @op(reference.quantize_mxfp4)
@@ -171,6 +185,16 @@ def _rows(x: Tensor, name: str = "x") -> tuple[int, int]:
     shapes = Shapes()
     shapes.check(name, x, "... K", FLOATS)
     return x.shape[:-1].numel(), shapes["K"]
+
+
+def _is_per_row(global_scale: Tensor, x: Tensor) -> bool:
+    """Whether a checked global scale is one of each row of x, [..., 1], or a single one, []."""
+    Shapes().check("global_scale", global_scale, "...", torch.float32)
+    per_row = global_scale.dim() > 0
+    assert not per_row or global_scale.shape == (*x.shape[:-1], 1), (
+        f"global_scale: expected [] or {[*x.shape[:-1], 1]}, found {list(global_scale.shape)}"
+    )
+    return per_row
 
 
 def _hadamard_rows(x: Tensor) -> tuple[int, int]:

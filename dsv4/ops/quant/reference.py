@@ -59,6 +59,14 @@ def quantize_nvfp4_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return *quantize_nvfp4(x, global_scale), global_scale
 
 
+def round_nvfp4(x: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if global_scale is None:
+        global_scale = nvfp4_global_scale(x, per_token=True)
+    codes, scale = quantize_nvfp4(x, global_scale)
+    values = unpack_e2m1(codes).unflatten(-1, (-1, NVFP4_BLOCK)) * scale.float().unsqueeze(-1)
+    return values.flatten(-2).to(x.dtype), global_scale.expand(*x.shape[:-1], 1).contiguous()
+
+
 def quantize_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     values, exponent = _scale_mxfp4(x)
     return pack_e2m1(values.flatten(-2)), exponent

@@ -8,8 +8,20 @@ from dsv4.ops.formats import Weight
 from dsv4.ops.gemm import reference as gemm
 
 
-def gate_logits(x: Tensor, weight: Weight) -> Tensor:
-    return gemm.linear(x, weight, out_dtype=torch.float32)
+def route_topk(
+    x: Tensor, weight: Weight, bias: Tensor, *, top_k: int, scale: float, activations: str = "bf16"
+) -> tuple[Tensor, Tensor]:
+    return topk_gate(gate_logits(x, weight, activations=activations), bias, top_k=top_k, scale=scale)
+
+
+def route_hash(
+    x: Tensor, weight: Weight, token_ids: Tensor, tid2eid: Tensor, *, scale: float, activations: str = "bf16"
+) -> tuple[Tensor, Tensor]:
+    return hash_gate(gate_logits(x, weight, activations=activations), token_ids, tid2eid, scale=scale)
+
+
+def gate_logits(x: Tensor, weight: Weight, *, activations: str = "bf16") -> Tensor:
+    return gemm.linear(x, weight, activations=activations, out_dtype=torch.float32)
 
 
 def topk_gate(logits: Tensor, bias: Tensor, *, top_k: int, scale: float) -> tuple[Tensor, Tensor]:

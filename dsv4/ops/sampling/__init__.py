@@ -1,7 +1,8 @@
 """The door of the sampling room: the next token from the logits of one position.
 
-Responsible for random numbers, filters and the draw. Not responsible for checking the user's
-settings (``dsv4.sampling``) or for what the model computes.
+Responsible for random numbers, filters and the draw, and for the greedy choice straight from the head, whose
+result is a token and whose logits nobody sees. Not responsible for checking the user's settings
+(``dsv4.sampling``) or for what the model computes.
 """
 
 import torch
@@ -11,6 +12,7 @@ from dsv4 import _C
 from dsv4.ops.checks import Shapes
 from dsv4.ops.dispatch import op
 from dsv4.ops.sampling import reference
+from dsv4.ops.sampling.reference import ScreenedHead
 
 
 @op(reference.uniform)
@@ -71,4 +73,38 @@ def sample_token(
     _C.sample_ranked(
         ranked, ids, out, vocab, temperature, min(top_k, vocab), top_p, min_p, signed_seed, position
     )
+    return out
+
+
+@op(reference.screen_head)
+def screen_head(w: Tensor) -> ScreenedHead:
+    """A head w [V, D] bf16 with its int8 copy and the bounds that ``argmax_head`` reads; once, at load.
+
+    A row's scale is its largest magnitude / 127, in fp32; codes are rounded to nearest, ties to even.
+    Source: docs/model.md 5.
+    """
+
+
+@op(reference.argmax_head, kernel=True)
+def argmax_head(x: Tensor, head: ScreenedHead) -> Tensor:
+    """The id [1] i64 of the largest logit of x [1, D] bf16, the lowest id among equals.
+
+    Logits are products of x and ``head.w`` with fp32 sums. The kernel reads the int8 copy, and of ``head.w``
+    only rows that may be the largest by their bounds, at worst all; its choice is that among all rows. A
+    largest logit that is not finite is an ``AssertionError``; on CUDA the id -1. D is a multiple of 8 up to
+    8192. The launches overlap with the one before, which must not write the head; two calls must not run at
+    the same time, on two streams. Source: docs/model.md 5.
+    """
+    shapes = Shapes()
+    shapes.check("x", x, "1 D", torch.bfloat16)
+    shapes.check("w", head.w, "V D", torch.bfloat16)
+    for name in ("scale", "error", "norm"):
+        shapes.check(name, getattr(head, name), "V", torch.float32)
+    vocab, width = shapes["V"], shapes["D"]
+    assert vocab >= 1 and width % 8 == 0, f"w: expected rows of a multiple of 8, found {[vocab, width]}"
+    Shapes(R=-(-vocab // 16)).check("codes", head.codes, "R B 2 32 16", torch.int8)
+    upper = torch.empty(vocab, dtype=torch.float32, device=x.device)
+    out = torch.empty(1, dtype=torch.int64, device=x.device)
+    codes, padded = head.codes.view(torch.uint8), head.codes.shape[1] * 64
+    _C.argmax_head(x, head.w, codes, head.scale, head.error, head.norm, upper, out, vocab, width, padded)
     return out

@@ -1,16 +1,28 @@
 """Choosing a token from logits, in plain torch: the specification of the room.
 
-Responsible for the random numbers (Philox4x32-10) and for temperature, top-k, top-p, min-p and the
-draw. Not responsible for the settings' ranges (``dsv4.sampling``) or for stop strings.
+Responsible for the random numbers (Philox4x32-10), for temperature, top-k, top-p, min-p and the draw, and for
+the greedy choice straight from the head. Not responsible for the settings' ranges (``dsv4.sampling``) or for
+stop strings.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from dsv4.ops.formats import Plain
+from dsv4.ops.gemm import reference as gemm
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+
+# The int8 copy of a head: rows of a tile, columns of a block, to which all are padded; rows rounded at once.
+_TILE_ROWS, _BLOCK_COLUMNS, _PADDED_COLUMNS, _ROWS_AT_ONCE = 16, 64, 512, 4096
+_ROUND_UP = 1.001  # more than fp32 takes away from a norm
+_SUM_ERROR = 2.0**-14  # of a logit in fp32, relative to |w| |x|: more than any order of summation needs
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -86,3 +98,77 @@ def _first(sums: Tensor, bound: float, *, strictly: bool) -> int:
     """The index of the first sum >= ``bound`` (> if ``strictly``), or ``len(sums)``."""
     bound_f32 = torch.tensor(bound, dtype=torch.float32)
     return int(torch.searchsorted(sums, bound_f32, right=strictly))
+
+
+class ScreenedHead(NamedTuple):
+    """A head ``w`` [V, D] bf16 and what tells, for half of its bytes, which rows cannot be the largest.
+
+    Row v is about scale[v] * q[v], q int8. ``codes`` [V/16, D/64, 2, 32, 16] i8 are q as the kernel reads it:
+    lane 4 g + t of MMA i of a block has columns 16 t + 8 i .. + 3 of row g and of row g + 8, then .. + 4 to
+    + 7 of both; V is padded with zeros to a multiple of 16, D to one of 512. ``scale``, ``error``, ``norm``
+    [V] f32: error >= |w - scale q| + 2^-14 |w|, norm >= |scale q|.
+    """
+
+    w: Tensor
+    codes: Tensor
+    scale: Tensor
+    error: Tensor
+    norm: Tensor
+
+
+def screen_head(w: Tensor) -> ScreenedHead:
+    parts = [_round_rows(rows) for rows in w.split(_ROWS_AT_ONCE)]
+    codes, scale, error, norm = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ScreenedHead(w, codes, scale, error, norm)
+
+
+def argmax_head(x: Tensor, head: ScreenedHead) -> Tensor:
+    logits = gemm.linear(x, Plain(head.w), out_dtype=torch.float32)[0]
+    peak = logits.max()
+    assert torch.isfinite(peak), f"the largest logit is {peak.item()}"
+    return (logits == peak).nonzero()[:1, 0]
+
+
+def bound_logits(x: Tensor, head: ScreenedHead) -> tuple[Tensor, Tensor]:
+    """Upper and lower bounds [V] f32 of the logits of x [1, D], those that the kernel excludes rows by."""
+    vocab, width = head.w.shape
+    _, exponent = torch.frexp(x.abs().max().float())
+    step = torch.ldexp(torch.ones(()), (exponent - 6).clamp_min(-100).cpu()).to(x.device)
+    left, parts = x[0].float() / step, []
+    norm = left.norm() * _ROUND_UP * step
+    for factor in (128.0, 128.0, 1.0):
+        parts.append(left.round())
+        left = (left - parts[-1]) * factor
+    step = step / 128.0**2
+    residual = (left.norm() * _ROUND_UP + 2.0**-20) * step
+    q = _unpack(head.codes)[:vocab, :width].double()  # sums are exact, as those of integers
+    first, second, third = (q @ part.double() for part in parts)
+    values = (first * 128.0**2 + second * 128.0 + third).float() * head.scale * step
+    bound = norm * head.error + residual * head.norm + 1e-34
+    bound = torch.where(values.isfinite(), bound, torch.inf)
+    return values + bound, values - bound
+
+
+def _round_rows(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scale, error and norm of some rows; norms are taken in steps of the codes: none underflows."""
+    scale = (w.abs().amax(dim=-1).float() / 127).clamp_min(2.0**-100)
+    steps = w.float() / scale.unsqueeze(-1)
+    q = steps.round().clamp(-127, 127)
+    # Of _SUM_ERROR a hundredth more, for the rounding of ``steps``.
+    error = _ROUND_UP * (steps - q).norm(dim=-1) + 1.01 * _SUM_ERROR * steps.norm(dim=-1)
+    return _pack(q.to(torch.int8)), scale, error * scale, _ROUND_UP * q.norm(dim=-1) * scale
+
+
+def _pack(q: Tensor) -> Tensor:
+    """[V, D] i8 as ``ScreenedHead`` has it."""
+    rows, width = q.shape
+    q = F.pad(q, (0, -width % _PADDED_COLUMNS, 0, -rows % _TILE_ROWS))
+    q = q.unflatten(0, (-1, 2, 8)).unflatten(-1, (-1, 4, 2, 2, 4))  # [tile, r, g, block, t, i, half, column]
+    return q.permute(0, 3, 5, 2, 4, 6, 1, 7).reshape(q.shape[0], -1, 2, 32, 16)
+
+
+def _unpack(codes: Tensor) -> Tensor:
+    """The inverse, with the zeros."""
+    tiles, blocks = codes.shape[:2]
+    q = codes.view(tiles, blocks, 2, 8, 4, 2, 2, 4)  # [tile, block, i, g, t, half, r, column]
+    return q.permute(0, 6, 3, 1, 4, 2, 5, 7).reshape(tiles * _TILE_ROWS, blocks * _BLOCK_COLUMNS)

@@ -1,0 +1,245 @@
+"""run_experts on a GPU against its reference: every format, few tokens and many."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numeric
+import pytest
+import torch
+from numeric import assert_bits, assert_close, assert_reproducible, dirty_memory
+from shapes import FLASH, MODELS, PRO, TINY, Sizes
+from torch import Tensor
+
+from dsv4.ops.formats import Fp8Block, Mxfp4, Nvfp4, Plain, Weight, dequantize
+from dsv4.ops.moe import Expert, ExpertBank, bank_experts, reference, run_experts
+from dsv4.ops.pack import pack_weight
+
+# Sums in another order round some element of h the other way, which moves a whole row: by up to 2^-8 of the
+# largest of some 14,000 products.
+assert_gemm = functools.partial(numeric.assert_gemm, share=4e-3)
+ALIKE = "nvfp4-nvfp4 mxfp4-mxfp4 fp8-fp8 bf16-bf16"
+MIXED = "nvfp4-fp8 mxfp4-fp8 nvfp4-bf16 mxfp4-nvfp4 fp8-mxfp4 bf16-nvfp4"
+PAIRS = [tuple(pair.split("-")) for pair in f"{ALIKE} {MIXED}".split()]
+TOKENS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 137)
+DISTINCT = 24  # experts that are made; the tables repeat them
+Normal = Callable[..., Tensor]
+Layer = tuple[ExpertBank, Expert]  # the routed experts and the shared one
+
+
+def codes(normal: Normal, n: int, k: int, low: int, high: int) -> Tensor:
+    """Bytes low .. high - 1, all as likely."""
+    return (low + (normal(n, k).view(torch.int32) >> 3) % (high - low)).to(torch.uint8)
+
+
+def weight(kind: str, normal: Normal, n: int, k: int, in_gs: float | None = None) -> Weight:
+    """A random matrix [n, k] whose products of unit-variance inputs have a variance near 1."""
+    if kind == "bf16":
+        return Plain((normal(n, k) * k**-0.5).bfloat16())
+    if kind == "nvfp4":
+        scales = codes(normal, n, k // 16, 40, 64).view(torch.float8_e4m3fn)
+        gs = torch.tensor(k**-0.5 / 3 * float(1 + normal(1).abs()), device="cuda")
+        given = None if in_gs is None else torch.tensor(in_gs * float(1 + normal(1).abs()), device="cuda")
+        return pack_weight(Nvfp4(codes(normal, n, k // 2, 0, 256), scales, gs, given))
+    if kind == "mxfp4":
+        scales = codes(normal, n, k // 32, 119, 121).view(torch.float8_e8m0fnu)
+        return pack_weight(Mxfp4(codes(normal, n, k // 2, 0, 256), scales))
+    scales = (k**-0.5 * (1 + normal(-(-n // 128), -(-k // 128)).abs())) / 2
+    if n % 512 == 0:  # else f32
+        scales = scales.log2().round().exp2().to(torch.float8_e8m0fnu)
+    return Fp8Block(normal(n, k).to(torch.float8_e4m3fn), scales)
+
+
+def expert(kind: str, normal: Normal, width: int, inner: int, in_gs: float | None = None) -> Expert:
+    make = functools.partial(weight, kind, normal, in_gs=in_gs)
+    return Expert(make(inner, width), make(width, inner), make(inner, width))
+
+
+def bank(sizes: Sizes, routed: str, shared: str, normal: Normal, in_gs: float | None = None) -> Layer:
+    count = min(DISTINCT, sizes.experts)
+    made = [expert(routed, normal, sizes.hidden, sizes.expert_width, in_gs) for _ in range(count)]
+    one = expert(shared, normal, sizes.hidden, sizes.expert_width, in_gs)
+    experts = bank_experts([made[e * 7 % count] for e in range(sizes.experts)], one)
+    assert isinstance(experts, ExpertBank) and experts.fault is None, experts
+    return experts, one
+
+
+def plain(experts: ExpertBank, shared: Expert) -> tuple[list[Expert], Expert]:
+    """The same experts as fp32 matrices, each made once."""
+
+    @functools.cache
+    def matrices(key: int) -> Expert:
+        return Expert(*(Plain(dequantize(w)) for w in by_id[key]))
+
+    by_id = {id(e): e for e in (*experts, shared)}
+    return [matrices(id(e)) for e in experts], matrices(id(shared))
+
+
+def choose(sizes: Sizes, tokens: int, pattern: str, normal: Normal) -> Tensor:
+    """Experts [T, K]: different ones for each token, one for all, or with repetitions in a token."""
+    if pattern == "one":
+        return torch.full((tokens, sizes.chosen), sizes.experts - 1, device="cuda")
+    if pattern == "repeated":
+        return (normal(tokens, sizes.chosen) * 4).long().abs() % 3
+    return normal(tokens, sizes.experts).argsort(dim=-1)[:, : sizes.chosen].contiguous()
+
+
+def inputs(sizes: Sizes, tokens: int, pattern: str, normal: Normal) -> tuple[Tensor, Tensor, Tensor]:
+    x, routing = normal(tokens, sizes.hidden).bfloat16(), normal(tokens, sizes.chosen).abs()
+    return x, routing, choose(sizes, tokens, pattern, normal)
+
+
+def unrounded(
+    x: Tensor, routing: Tensor, chosen: Tensor, experts: Sequence[Expert], shared: Expert, **options: Any
+) -> Tensor:
+    """reference.run_experts before its last rounding, f32."""
+    total = reference.run_expert(x, shared, None, **options)
+    for e in chosen.unique().tolist():
+        at, slot = (chosen == e).nonzero(as_tuple=True)
+        total.index_add_(0, at, reference.run_expert(x[at], experts[e], routing[at, slot], **options))
+    return total
+
+
+@pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
+@pytest.mark.parametrize("sizes", MODELS, ids=lambda sizes: sizes.name)
+def test_against_reference(sizes: Sizes, kinds: tuple[str, str], cuda_normal: Normal) -> None:
+    layer = bank(sizes, *kinds, cuda_normal)
+    wide = plain(*layer)
+    for tokens in TOKENS:
+        pattern = ("distinct", "one", "repeated")[tokens % 3] if tokens > 1 else "distinct"
+        x, routing, chosen = inputs(sizes, tokens, pattern, cuda_normal)
+        limit = 1.0 if tokens == 7 else 10.0
+        dirty_memory()
+        y = run_experts(x, routing, chosen, *layer, limit=limit)
+        want = unrounded(x, routing, chosen, *wide, limit=limit)
+        assert_gemm(y, want, f"{sizes.name}, {kinds}, {tokens} tokens, {pattern}")
+
+
+@pytest.mark.parametrize("pattern", ["distinct", "one", "repeated"])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 40])
+def test_choices(tokens: int, pattern: str, cuda_normal: Normal) -> None:
+    layer = bank(TINY, "nvfp4", "fp8", cuda_normal)
+    x, routing, chosen = inputs(TINY, tokens, pattern, cuda_normal)
+    y = run_experts(x, routing, chosen, *layer, limit=10.0)
+    want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
+    assert_gemm(y, want, f"{tokens} tokens, {pattern}")
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16, 40, 128])
+def test_slots(slots: int, cuda_normal: Normal) -> None:
+    """More slots than experts: every expert several times, and few tokens at once."""
+    layer = bank(TINY, "mxfp4", "nvfp4", cuda_normal)
+    for tokens in (1, 8, 9):
+        x, routing, chosen = inputs(TINY._replace(chosen=slots), tokens, "repeated", cuda_normal)
+        y = run_experts(x, routing, chosen, *layer, limit=10.0)
+        want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
+        assert_gemm(y, want, f"{slots} slots, {tokens} tokens")
+
+
+@pytest.mark.parametrize("kinds", [("nvfp4", "fp8"), ("mxfp4", "nvfp4"), ("bf16", "fp8")], ids="-".join)
+@pytest.mark.parametrize("activations", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("in_gs", [None, 0.001])
+def test_rounded_activations(
+    in_gs: float | None, activations: str, kinds: tuple[str, str], cuda_normal: Normal
+) -> None:
+    layer = bank(TINY, *kinds, cuda_normal, in_gs=in_gs)
+    for tokens in (1, 6, 20, 50):
+        x, routing, chosen = inputs(TINY, tokens, "distinct", cuda_normal)
+        run = functools.partial(run_experts, x, routing, chosen, *layer, limit=10.0)
+        want = unrounded(x, routing, chosen, *layer, limit=10.0, activations=activations)
+        assert_gemm(run(activations=activations), want, f"{activations}, {kinds}, {tokens} tokens")
+
+
+@pytest.mark.parametrize("kinds", [("nvfp4", "nvfp4"), ("fp8", "bf16")], ids="-".join)
+def test_f32_inputs(kinds: tuple[str, str], cuda_normal: Normal) -> None:
+    """Nothing is rounded on the way, so that a model in f32 is one."""
+    layer = bank(TINY, *kinds, cuda_normal)
+    for tokens in (1, 9, 70):
+        _, routing, chosen = inputs(TINY, tokens, "distinct", cuda_normal)
+        x = cuda_normal(tokens, TINY.hidden)
+        y = run_experts(x, routing, chosen, *layer, limit=10.0)
+        want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
+        assert_close(y, want, f"{kinds}, {tokens} tokens", rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
+@pytest.mark.parametrize("sizes", [FLASH, TINY], ids=lambda sizes: sizes.name)
+def test_bits(sizes: Sizes, kinds: tuple[str, str], cuda_normal: Normal) -> None:
+    """The same call, its graph, and each token beside any others, give the same bits."""
+    layer = bank(sizes, *kinds, cuda_normal)
+    x, routing, chosen = inputs(sizes, 16, "distinct", cuda_normal)
+    chosen[3] = chosen[1]  # columns of the same MMA
+    chosen[5] = chosen[6, 0]  # one expert in every slot
+
+    def run(which: list[int]) -> Tensor:
+        who = torch.tensor(which, device="cuda")
+        return run_experts(x[who], routing[who], chosen[who], *layer, limit=10.0)
+
+    for tokens in (1, 8):
+        part = x[:tokens], routing[:tokens], chosen[:tokens]
+        assert_reproducible(functools.partial(run_experts, *part, *layer, limit=10.0), f"{tokens} tokens")
+    whole = run(list(range(8)))
+    for rows in ([0], [3], [5], [6, 1], [5, 3, 1], [7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], list(range(16))):
+        kept = [row for row in rows if row < 8]
+        assert_bits(run(rows)[: len(kept)], whole[kept], f"{sizes.name}, {kinds}, tokens {rows}")
+
+
+def test_in_turn_with_other_launches(cuda_normal: Normal) -> None:
+    """Launches overlap: x, what is chosen and h of one call must not be read before they are written."""
+    layer = bank(FLASH, "nvfp4", "fp8", cuda_normal)
+    cases = [inputs(FLASH, tokens, "distinct", cuda_normal) for tokens in (1, 8, 2, 1, 1)]
+    alone = []
+    for case in cases:
+        torch.cuda.synchronize()
+        alone.append(run_experts(*case, *layer, limit=10.0))
+        torch.cuda.synchronize()
+    for _ in range(20):
+        for case, want in zip(cases, alone, strict=True):
+            y = run_experts(*(t + 0 for t in case), *layer, limit=10.0)
+            assert_bits(y, want, f"{len(want)} tokens in a row of calls")
+
+
+def test_no_tokens(cuda_normal: Normal) -> None:
+    layer = bank(TINY, "nvfp4", "fp8", cuda_normal)
+    y = run_experts(*inputs(TINY, 0, "distinct", cuda_normal), *layer, limit=10.0)
+    assert y.shape == (0, TINY.hidden) and y.dtype == torch.bfloat16
+
+
+def test_many_tokens_in_slices(cuda_normal: Normal) -> None:
+    layer = bank(PRO, "nvfp4", "nvfp4", cuda_normal)
+    x, routing, chosen = inputs(PRO, 1500, "distinct", cuda_normal)
+    y = run_experts(x, routing, chosen, *layer, limit=10.0)
+    for part in (slice(0, 9), slice(700, 790), slice(1490, 1500)):
+        want = unrounded(x[part], routing[part], chosen[part], *plain(*layer), limit=10.0)
+        assert_gemm(y[part], want, f"tokens {part}")
+
+
+def test_what_it_cannot_take(cuda_normal: Normal) -> None:
+    layer = bank(TINY, "nvfp4", "fp8", cuda_normal)
+    x, routing, chosen = inputs(TINY, 4, "distinct", cuda_normal)
+    run = functools.partial(run_experts, limit=10.0)
+    other, wide = expert("fp8", cuda_normal, 256, 256), torch.zeros(4, 129, device="cuda")
+    broad = expert("fp8", cuda_normal, 512, 256)
+    for args, words in (
+        ((x, routing, chosen, list(layer[0]), layer[1]), "tables of bank_experts"),
+        ((x, routing, chosen, layer[0], broad), "shared: expected D = 256"),
+        ((x[:, :128].contiguous(), routing, chosen, *layer), "with D = 256"),
+        ((x.T.contiguous().T, routing, chosen, *layer), "contiguous"),
+        ((x, routing, chosen.int(), *layer), "int64"),
+        ((x, wide, wide.long(), *layer), "1 to 128 slots, found 129"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            run(*args)
+    experts = layer[0]
+    loose = Nvfp4(
+        x.new_zeros(256, 128, dtype=torch.uint8), x.new_zeros(256, 16).to(torch.float8_e4m3fn), x[0, 0]
+    )
+    narrow, f32 = expert("bf16", cuda_normal, 256, 128), Expert(*[Plain(cuda_normal(256, 256))] * 3)
+    for made, words in (
+        ([experts[0], other], "expected nvfp4 .* as of the first, found fp8"),
+        ([experts[0]._replace(w3=loose)], "experts.0..w3: expected Packed, .* found Nvfp4"),
+        ([narrow], "multiples of 256, found 256 and 128"),
+        ([f32], "found Plain"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            run(x, routing, chosen, ExpertBank(made, other), other)
