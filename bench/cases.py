@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bench.harness import ROOT, Case, Draw
+from bench.matrix_cases import matrix_cases
 from dsv4.ops import compressor, embed, mhc, norm, quant, rope, router, sampling
 from dsv4.ops.formats import Plain
 
@@ -113,6 +114,17 @@ def quantize_nvfp4(sizes: Sizes, tokens: int) -> Case:
         case=f"given scale, {tokens_of(tokens, sizes)}",
         inputs=inputs,
         call=quant.quantize_nvfp4,
+        target=if_large(tokens, ">= 80 %"),
+    )
+
+
+def round_nvfp4(sizes: Sizes, tokens: int) -> Case:
+    return Case(
+        room="quant",
+        op="round_nvfp4",
+        case=tokens_of(tokens, sizes),
+        inputs=lambda draw: (draw.normal(tokens, sizes.hidden),),
+        call=quant.round_nvfp4,
         target=if_large(tokens, ">= 80 %"),
     )
 
@@ -337,6 +349,7 @@ OF_EACH_MODEL: tuple[tuple[Callable[[Sizes, int], Case], tuple[int, ...]], ...] 
     (output_rope, FEW),
     (quantize_nvfp4_tokens, FEW),
     (quantize_nvfp4, FEW),
+    (round_nvfp4, MORE),
     (quantize_fp8, FEW),
     (gate, MORE),
     (gate_logits, FEW),
@@ -357,6 +370,6 @@ def all_cases(models: tuple[Sizes, ...] = (FLASH, PRO), large: int = LARGE) -> l
         for tokens in counts
     ]
     cases += [make(models[0], min(tokens, large)) for make in OF_ANY_MODEL for tokens in FEW]
-    cases += compress_cases(models[0], large) + sample_cases(models[0])
+    cases += compress_cases(models[0], large) + sample_cases(models[0]) + matrix_cases(models, large)
     rooms = list(dict.fromkeys(case.room for case in cases))
     return sorted(cases, key=lambda case: rooms.index(case.room))

@@ -4,7 +4,7 @@ The time of an operation is that of a CUDA graph of at least 64 launches, one af
 divided by their number; median of 50 replays. The launches take turns on copies of the inputs that together
 exceed the L2 cache four times, so that each finds its inputs in device memory, as a decode step finds its
 weights; inputs too small for that take turns on 512 copies. Not responsible for what is measured
-(``bench.ops``, ``bench.decode``) or for the README's tables (``bench.tables``).
+(``bench.ops``, ``gemm``, ``peers``, ``decode``) or for the README's tables (``bench.tables``).
 """
 
 import datetime
@@ -33,6 +33,7 @@ REPLAYS = 50
 L2_FACTOR = 4
 STREAM_BYTES = 4 << 30
 STREAM_BLOCKS = 8  # a multiprocessor: as many of csrc/bench/read_stream.cu as run at once
+READ_BLOCKS = (1, 2, 4, 8)  # a multiprocessor: grids of read_stream for few bytes
 
 
 class Draw:
@@ -51,12 +52,17 @@ class Draw:
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.generator.device)
 
+    def codes(self, *shape: int, low: int = 0, high: int = 256) -> Tensor:
+        """Bytes of codes or scales in [low, high), u8."""
+        device = self.generator.device
+        return torch.randint(low, high, shape, dtype=torch.uint8, generator=self.generator, device=device)
+
     def distinct(self, high: int, count: int) -> Tensor:
         """``count`` different integers below ``high``, [count] i64."""
         return torch.randperm(high, generator=self.generator, device=self.generator.device)[:count].clone()
 
 
-def nothing(draw: Draw) -> tuple[Tensor, ...]:
+def nothing(draw: Draw) -> tuple[Any, ...]:
     return ()
 
 
@@ -64,28 +70,31 @@ def nothing(draw: Draw) -> tuple[Tensor, ...]:
 class Case:
     """One row: ``call(*inputs, *shared)``, timed.
 
-    ``inputs`` makes one set of the tensors that take turns, ``shared`` those that every launch reads.
+    ``inputs`` makes one set of what takes turns, ``shared`` what every launch reads: tensors, and weights or
+    lists of them (dsv4/ops/formats.py).
     ``bytes``: every distinct input and output byte once; None stands for all inputs and outputs, whole.
     """
 
     room: str
     op: str  # the door; several joined by " + " are timed as one
     case: str
-    inputs: Callable[[Draw], tuple[Tensor, ...]]
+    inputs: Callable[[Draw], tuple[Any, ...]]
     call: Callable[..., Any]
-    shared: Callable[[Draw], tuple[Tensor, ...]] = nothing
+    shared: Callable[[Draw], tuple[Any, ...]] = nothing
     bytes: int | None = None
     flop: int = 0
-    target: str | None = None  # "<= 6 us" or ">= 75 %" of the stream rate
+    target: str | None = None  # "<= 6 us", ">= 75 %" of the stream rate or ">= 350 TFLOPS"
 
     @property
     def name(self) -> str:
         return f"{self.room}: {self.op}, {self.case}"
 
 
-def size_of(tensors: Tensor | tuple[Tensor, ...]) -> int:
-    """Bytes of one tensor or several."""
-    return sum(t.nbytes for t in (tensors if isinstance(tensors, tuple) else (tensors,)))
+def size_of(item: Any) -> int:
+    """Bytes of a tensor, or of all tensors in tuples and lists of tuples and lists."""
+    if isinstance(item, tuple | list):
+        return sum(map(size_of, item))
+    return item.nbytes if isinstance(item, Tensor) else 0
 
 
 def count_sets(set_bytes: int, l2_bytes: int) -> int:
@@ -98,12 +107,15 @@ def count_launches(sets: int) -> int:
     return -(-LAUNCHES // sets) * sets
 
 
-def is_met(target: str | None, us: float, percent: float) -> bool | None:
-    """Whether the time or the share of the stream rate meets ``target``; None without one."""
+def is_met(target: str | None, us: float, percent: float, **others: float) -> bool | None:
+    """Whether the time, the share of the stream rate or a value by the name of its unit meets ``target``.
+
+    None without a target.
+    """
     if target is None:
         return None
     sign, bound, unit = target.split()
-    value = {"us": us, "%": percent}[unit]
+    value = ({"us": us, "%": percent} | others)[unit]
     return {"<=": value <= float(bound), ">=": value >= float(bound)}[sign]
 
 
@@ -120,20 +132,46 @@ def median_us(run: Callable[[], Any], repeats: int) -> float:
     return 1e3 * statistics.median(start.elapsed_time(stop) for start, stop in pairs)
 
 
-def graph_us(call: Callable[..., Any], sets: list[tuple[Tensor, ...]]) -> float:
+def graph_us(call: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
     """Time of one ``call`` among dependent ones in a CUDA graph that goes round ``sets``."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what a first call loads or allocates may not happen in a capture
-        for inputs in sets[:3]:
-            call(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    launches = count_launches(len(sets))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run(launches: int) -> None:
         for launch in range(launches):
             call(*sets[launch % len(sets)])  # outputs are dropped at once: the next call reuses their memory
+
+    launches = count_launches(len(sets))
+    graph, _ = captured(run, launches)
     return median_us(graph.replay, REPLAYS) / launches
+
+
+def captured(run: Callable[[int], Any], launches: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of ``run(launches)`` and what ``run`` returned, which every replay writes anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a first call of each set loads or copies may not happen in a capture
+        run(launches)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run(launches)
+    return graph, outputs
+
+
+def l2_bytes() -> int:
+    return torch.cuda.get_device_properties(0).L2_cache_size
+
+
+def read_only_us(size: int) -> float:
+    """Time of a kernel that reads ``size`` bytes and does nothing else: the best of a few grids."""
+    vectors = size // 16
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    sums = torch.empty(max(READ_BLOCKS) * processors, device="cuda")
+    sets = [(torch.zeros(4 * vectors, device="cuda"),) for _ in range(count_sets(size, l2_bytes()))]
+
+    def us(blocks: int) -> float:
+        return graph_us(lambda x: _C.read_stream(x, sums, vectors, blocks), sets)
+
+    return min(us(count * processors) for count in READ_BLOCKS)
 
 
 def measure(case: Case, stream_gbs: float) -> dict[str, Any]:
@@ -147,8 +185,7 @@ def measure(case: Case, stream_gbs: float) -> dict[str, Any]:
     moved = size_of(own) + size_of(shared) + size_of(outputs) if case.bytes is None else case.bytes
     del outputs
     sets = [(*own, *shared)]
-    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    for _ in range(count_sets(size_of(own), l2_bytes) - 1):
+    for _ in range(count_sets(size_of(own), l2_bytes()) - 1):
         sets.append((*case.inputs(draw), *shared))
     return row_of(case, graph_us(case.call, sets), moved, stream_gbs) | {"sets": len(sets)}
 
@@ -164,7 +201,7 @@ def row_of(case: Case, us: float, moved: int, stream_gbs: float) -> dict[str, An
         "flop": case.flop,
         "percent": round(percent, 2),
         "target": case.target,
-        "met": is_met(case.target, us, percent),
+        "met": is_met(case.target, us, percent, TFLOPS=case.flop / us / 1e6),
     }
 
 

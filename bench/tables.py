@@ -1,8 +1,8 @@
 """The README's tables of measurements, from bench/results: ``python -m bench.tables [--check]``.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, made of ``bench/results/NAME.json``. A
-file of ``bench.ops`` that the README has no table of yet gets one after the last. With ``--check`` nothing is
-written: exit status 1 and a sentence if the README says anything else.
+file of a GPU benchmark that the README has no table of yet gets one after the last. With ``--check`` nothing
+is written: exit status 1 and a sentence if the README says anything else.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def fill(text: str, results: dict[str, dict[str, Any]]) -> str:
 
     filled = BLOCK.sub(lambda match: block(match[1]), text)
     present = [match[1] for match in BLOCK.finditer(filled)]
-    missing = [name for name in results if results[name]["bench"] == "ops" and name not in present]
+    missing = [name for name in results if results[name]["bench"] in GPU_TABLES and name not in present]
     if not missing:
         return filled
     if not present:
@@ -40,7 +40,7 @@ def fill(text: str, results: dict[str, dict[str, Any]]) -> str:
 
 def render(name: str, result: dict[str, Any]) -> str:
     """The lines between the markers."""
-    makers = {"decode": decode_table, "ops": ops_table}
+    makers = {"decode": decode_table} | GPU_TABLES
     if result["bench"] not in makers:
         raise ValueError(f"{name}.json: no table is known for bench {result['bench']!r}")
     return makers[result["bench"]](name, result)
@@ -56,27 +56,95 @@ def decode_row(result: dict[str, Any], row: dict[str, Any]) -> str:
     return f"| {row['case']} | {machine} | {row['prefill_tps']:.0f} | {row['decode_tps']:.1f} |"
 
 
-def ops_table(name: str, result: dict[str, Any]) -> str:
+def machine_of(words: str, name: str, result: dict[str, Any]) -> str:
+    """What was measured, on what, and what that can do."""
     ceilings = result["ceilings"]
     commit = result["commit"][:12] + (" with changes" if result["dirty"] else "")
-    above = (
-        f"Operations on one {result['gpu']}, driver {result['driver']}, torch {result['torch']}, "
-        f"commit {commit}, {result['date']} (`python -m bench.ops`, `bench/results/{name}.json`).\n"
+    text = (
+        f"{words} on one {result['gpu']}, driver {result['driver']}, torch {result['torch']}, "
+        f"commit {commit}, {result['date']} (`python -m bench.{result['bench']}`, "
+        f"`bench/results/{name}.json`).\n"
         f"Ceilings of the same run: reading {ceilings['stream_gbs']:.0f} GB/s, copying "
         f"{ceilings['copy_gbs']:.0f} GB/s, bf16 matmul {ceilings['bf16_tflops']:.0f} TFLOPS, host to device "
         f"{ceilings['h2d_gbs']:.1f} GB/s.\n"
     )
-    if not result["complete"]:
-        above += "The run ended before every case was measured.\n"
+    return text if result["complete"] else f"{text}The run ended before every case was measured.\n"
+
+
+def ops_table(name: str, result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["target"] is not None]
+    above = machine_of("Operations", name, result)
     above += f"The {len(rows)} cases that have a target, of the {len(result['rows'])} in the file.\n"
     return above + table(["| op | case | us | GB/s (of reading) | target |", *map(ops_row, rows)])
 
 
 def ops_row(row: dict[str, Any]) -> str:
     rate = f"{row['bytes'] / row['us'] / 1e3:.0f} ({row['percent']:.1f} %)"
-    verdict = "met" if row["met"] else "missed"
-    return f"| {row['op']} | {row['case']} | {row['us']:.2f} | {rate} | {row['target']}: {verdict} |"
+    if row["target"].endswith(" TFLOPS"):
+        rate = f"{row['flop'] / row['us'] / 1e6:.0f} TFLOPS"
+    verdict = verdict_of(row["target"], row["met"])
+    return f"| {row['op']} | {row['case']} | {row['us']:.2f} | {rate} | {verdict} |"
+
+
+def verdict_of(target: str, met: bool) -> str:
+    return f"{target}: {'met' if met else 'missed'}"
+
+
+def gemm_table(name: str, result: dict[str, Any]) -> str:
+    """The fits, and the rows that have a target."""
+    fits = [
+        "| weights | a, us | B, GB/s (of reading) | largest error | target |",
+        *map(fit_row, result["fits"]),
+    ]
+    rows = [row for row in result["rows"] if row["target"] is not None]
+    head = "| launches | matrix | tokens | MB | us (one token = 1) | GB/s (of reading) | target |"
+    above = machine_of("`linear` in a chain of launches", name, result)
+    above += "Isolated launches of one token on 2 to 130 MB, as t = a + bytes / B:\n"
+    return above + table(fits) + table([head, *map(gemm_row, rows)])[1:]
+
+
+def fit_row(fit: dict[str, Any]) -> str:
+    kind = "read only" if fit["kind"] == "read" else fit["kind"]
+    verdicts = ", ".join(map(verdict_of, fit["targets"], fit["met"]))
+    rate = f"{fit['gbs']:.0f} ({fit['percent']:.1f} %)"
+    return f"| {kind} | {fit['a_us']:.2f} | {rate} | {100 * fit['worst']:.0f} % | {verdicts} |"
+
+
+def gemm_row(row: dict[str, Any]) -> str:
+    matrix = (
+        f"{row['mode']} | {row['n']} x {row['k']} {row['kind']} | {row['tokens']} | {row['bytes'] / 1e6:.1f}"
+    )
+    rate = f"{row['bytes'] / row['us'] / 1e3:.0f} ({row['percent']:.1f} %)"
+    verdict = verdict_of(row["target"], row["met"])
+    return f"| {matrix} | {row['us']:.2f} ({row['ratio']:.2f}) | {rate} | {verdict} |"
+
+
+def peers_table(name: str, result: dict[str, Any]) -> str:
+    """A line a matrix and number of tokens: our time, every other's, and ours divided by it."""
+    ours, *others = result["peers"]
+    cases: dict[tuple[int, int, int], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        cases.setdefault((row["n"], row["k"], row["tokens"]), {})[row["peer"]] = row
+    head = f"| matrix | tokens | {ours}, us (of reading) | {' | '.join(f'{peer}, us' for peer in others)} |"
+    above = machine_of("Products of few tokens", name, result)
+    above += f"In brackets behind another's time: that of {ours} divided by it.\n"
+    lines = [peers_row(case, rows, ours, others) for case, rows in cases.items()]
+    return above + table([head, *lines])
+
+
+def peers_row(
+    case: tuple[int, int, int], rows: dict[str, dict[str, Any]], ours: str, others: list[str]
+) -> str:
+    n, k, tokens = case
+    us = rows[ours]["us"] if ours in rows else None
+    cells = [f"{n} x {k}", str(tokens), f"{us:.1f} ({rows[ours]['percent']:.0f} %)" if us else "-"]
+    for peer in others:
+        cell = f"{rows[peer]['us']:.1f}" if peer in rows else "-"
+        cells.append(f"{cell} ({us / rows[peer]['us']:.2f})" if us and peer in rows else cell)
+    return f"| {' | '.join(cells)} |"
+
+
+GPU_TABLES = {"ops": ops_table, "gemm": gemm_table, "peers": peers_table}
 
 
 def table(lines: list[str]) -> str:
