@@ -26,16 +26,19 @@ gpu-test:
 	python=$$($(ENV) pytest) && "$$python" -m pytest $(GPU_TESTS) --gpu-record
 
 # Every tensor gets an allocation of its own, so that reading past its end is seen. Without torch's allocator nothing can
-# be captured in a graph, which is all that the benchmarks' test does; the whole model would take too long. With -j2
-# both tools run at once, and several rooms may run beside each other.
-SANITIZED = $(GPU_TESTS) --small --ignore=tests/gpu/test_bench.py --ignore=tests/gpu/test_model.py
+# be captured in a graph, which is all that the benchmarks' test does, and it does not know how much memory is in use; the
+# whole model would take too long. With -j2 both tools run at once, and several rooms may run beside each other.
+SANITIZED = $(GPU_TESTS) --small --ignore=tests/gpu/test_bench.py --ignore=tests/gpu/test_model.py \
+  --deselect tests/gpu/test_pack.py::test_no_memory_beyond_the_output \
+  --deselect tests/gpu/test_pack.py::test_a_model_is_packed_and_planned \
+  --deselect tests/gpu/test_router_fused.py::test_launches_in_a_row
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dsv4 --error-exitcode 1
 gpu-sanitize: gpu-memcheck gpu-racecheck
 gpu-memcheck gpu-racecheck:
 	python=$$($(ENV) pytest) && $(SANITIZER) --tool $(@:gpu-%=%) "$$python" -m pytest $(SANITIZED)
 
 bench:
-	python=$$($(ENV)) && "$$python" -m bench.ops $(if $(ROOM),--room $(ROOM)) && "$$python" -m bench.tables
+	python=$$($(ENV)) && "$$python" -m bench.ops $(if $(ROOM),--room $(ROOM),&& "$$python" -m bench.gemm) && "$$python" -m bench.tables
 
 quality:
 	python=$$($(ENV)) && "$$python" tools/quality.py
