@@ -35,7 +35,7 @@ def random_weight(kind: str, n: int, k: int, normal: Normal) -> Stored:
         return pack_weight(Mxfp4(codes, scales))
     if kind == "bf16":
         return Plain((normal(n, k) * k**-0.5).bfloat16())
-    w = (100 * normal(n, k)).to(torch.float8_e4m3fn)
+    w = (100 * normal(n, k)).clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond, NaN
     if kind == "fp8":
         scales = bytes_between(normal, 106, 120, -(-n // 128), -(-k // 128))
         return Fp8Block(w, scales.view(torch.float8_e8m0fnu))
