@@ -92,15 +92,20 @@ def output_rope(sizes: Sizes, tokens: int) -> Case:
 # Quantisation.
 
 
-def quantize_nvfp4_tokens(sizes: Sizes, tokens: int) -> Case:
-    return Case(
-        room="quant",
-        op="quantize_nvfp4_tokens",
-        case=tokens_of(tokens, sizes),
-        inputs=lambda draw: (draw.normal(tokens, sizes.hidden),),
-        call=quant.quantize_nvfp4_tokens,
-        target=if_large(tokens, ">= 80 %"),
-    )
+def quantize_rows(op: Callable[..., Any]) -> Callable[[Sizes, int], Case]:
+    """The case of an operation that takes a token's hidden values alone."""
+
+    def make(sizes: Sizes, tokens: int) -> Case:
+        return Case(
+            room="quant",
+            op=op.__name__,
+            case=tokens_of(tokens, sizes),
+            inputs=lambda draw: (draw.normal(tokens, sizes.hidden),),
+            call=op,
+            target=if_large(tokens, ">= 80 %"),
+        )
+
+    return make
 
 
 def quantize_nvfp4(sizes: Sizes, tokens: int) -> Case:
@@ -114,28 +119,6 @@ def quantize_nvfp4(sizes: Sizes, tokens: int) -> Case:
         case=f"given scale, {tokens_of(tokens, sizes)}",
         inputs=inputs,
         call=quant.quantize_nvfp4,
-        target=if_large(tokens, ">= 80 %"),
-    )
-
-
-def round_nvfp4(sizes: Sizes, tokens: int) -> Case:
-    return Case(
-        room="quant",
-        op="round_nvfp4",
-        case=tokens_of(tokens, sizes),
-        inputs=lambda draw: (draw.normal(tokens, sizes.hidden),),
-        call=quant.round_nvfp4,
-        target=if_large(tokens, ">= 80 %"),
-    )
-
-
-def quantize_fp8(sizes: Sizes, tokens: int) -> Case:
-    return Case(
-        room="quant",
-        op="quantize_fp8",
-        case=tokens_of(tokens, sizes),
-        inputs=lambda draw: (draw.normal(tokens, sizes.hidden),),
-        call=quant.quantize_fp8,
         target=if_large(tokens, ">= 80 %"),
     )
 
@@ -347,10 +330,10 @@ OF_EACH_MODEL: tuple[tuple[Callable[[Sizes, int], Case], tuple[int, ...]], ...] 
     (rms_norm, MORE),
     (query_norm_rope, FEW),
     (output_rope, FEW),
-    (quantize_nvfp4_tokens, FEW),
+    (quantize_rows(quant.quantize_nvfp4_tokens), FEW),
     (quantize_nvfp4, FEW),
-    (round_nvfp4, MORE),
-    (quantize_fp8, FEW),
+    (quantize_rows(quant.round_nvfp4), MORE),
+    (quantize_rows(quant.quantize_fp8), FEW),
     (gate, MORE),
     (gate_logits, FEW),
     (topk_gate, MORE),

@@ -22,6 +22,7 @@ from bench.harness import Draw, is_met
 from bench.weights import random_weight, weight_bytes
 from dsv4.device import resolve_device
 from dsv4.ops.formats import Bare
+from dsv4.ops.gemm import linear
 
 BITS = {"nvfp4": 4.5, "fp8": 8.0, "bf16": 16.0}  # a weight, block scales included
 MEGABYTES = (2.0, 4.0, 9.4, 18.9, 32.0, 56.6, 128.0)
@@ -122,14 +123,11 @@ def next_input(y: Tensor, x: Tensor) -> Tensor:
 
 def chain_us(weights: list[Bare], x: Tensor, *, overlap: bool) -> tuple[float, Tensor]:
     """Time of one launch, and the last output of a replay."""
-    from dsv4.ops.gemm import linear
-
-    options = {"overlap": overlap}
 
     def run(launches: int) -> Tensor:
         y = x
         for launch in range(launches):
-            y = linear(next_input(y, x), weights[launch % len(weights)], **options)
+            y = linear(next_input(y, x), weights[launch % len(weights)], overlap=overlap)
         return y
 
     launches = harness.count_launches(len(weights))
@@ -160,11 +158,10 @@ def measure_shape(
 
 
 def line_of(row: dict[str, Any]) -> str:
-    verdict = {True: "met", False: "MISSED", None: ""}[row["met"]]
     shape = f"{row['n']} x {row['k']}, {row['tokens']} tokens"
     words = f"{row['mode']:8} {row['kind']:5} {shape:25} {row['bytes'] / 1e6:6.1f} MB"
     numbers = f"{row['us']:8.2f} us {row['percent']:5.1f} % {row['ratio']:5.2f} x"
-    return f"{words} {numbers}  {row['target'] or '':>9} {verdict}".rstrip()
+    return f"{words} {numbers}  {harness.verdict_of(row)}".rstrip()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,10 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="JSON")
     args = parser.parse_args(argv)
     resolve_device("cuda")
-    facts, complete, failed = harness.gpu_facts(), set(args.kinds) == set(BITS), 0
-    path = args.out or (harness.RESULTS / f"gemm-{harness.gpu_slug(facts['gpu'])}.json" if complete else None)
-    result = {"schema": 1, "bench": "gemm", **facts, **harness.provenance(), "complete": False}
-    result |= {"ceilings": harness.measure_ceilings(), "fits": [], "rows": []}
+    complete, failed = set(args.kinds) == set(BITS), 0
+    path = args.out or (harness.result_path("gemm") if complete else None)
+    result = harness.new_result("gemm", fits=[])
     stream_gbs = result["ceilings"]["stream_gbs"]
 
     def record(row: dict[str, Any]) -> None:

@@ -241,6 +241,23 @@ def gpu_facts() -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(), "driver": driver.partition("\n")[0] or "unknown"}
 
 
+def new_result(bench: str, **more: Any) -> dict[str, Any]:
+    """The beginning of a GPU benchmark's result file; measures the ceilings."""
+    result = {"schema": 1, "bench": bench, **gpu_facts(), **provenance(), "complete": False}
+    return result | {"ceilings": measure_ceilings(), **more, "rows": []}
+
+
+def result_path(bench: str) -> Path:
+    """Where a complete run on this GPU is kept."""
+    return RESULTS / f"{bench}-{gpu_slug(torch.cuda.get_device_name())}.json"
+
+
+def verdict_of(row: dict[str, Any]) -> str:
+    """The end of a printed row: its target, and whether it was met."""
+    word = {True: "met", False: "MISSED", None: ""}[row["met"]]
+    return f"{row['target'] or '':>9} {word}"
+
+
 def gpu_slug(name: str) -> str:
     """The first word of a GPU's name with a digit in it: h100 of "NVIDIA H100 80GB HBM3"."""
     return next(word for word in name.lower().split() if any(letter.isdigit() for letter in word))

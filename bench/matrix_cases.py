@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -162,26 +162,21 @@ def route_topk(sizes: Sizes, tokens: int) -> Case:
     )
 
 
-def pack_weight(sizes: Sizes) -> Case:
+def pack_cases(sizes: Sizes) -> list[Case]:
     n, k = sizes.expert_width, sizes.hidden
-    return Case(
-        room="pack",
-        op="pack_weight",
-        case=f"{n} x {k} nvfp4",
-        inputs=lambda draw: (random_nvfp4(draw, n, k),),
-        call=pack.pack_weight,
-    )
 
+    def case(op: Callable[..., Any], weight: Callable[[Draw], Any]) -> Case:
+        return Case(
+            room="pack",
+            op=op.__name__,
+            case=f"{n} x {k} nvfp4",
+            inputs=lambda draw: (weight(draw),),
+            call=op,
+        )
 
-def unpack_weight(sizes: Sizes) -> Case:
-    n, k = sizes.expert_width, sizes.hidden
-    return Case(
-        room="pack",
-        op="unpack_weight",
-        case=f"{n} x {k} nvfp4",
-        inputs=lambda draw: (random_packed(draw, "nvfp4", n, k),),
-        call=pack.unpack_weight,
-    )
+    stored = case(pack.pack_weight, lambda draw: random_nvfp4(draw, n, k))
+    packed = case(pack.unpack_weight, lambda draw: random_packed(draw, "nvfp4", n, k))
+    return [stored, packed]
 
 
 def matrix_cases(models: tuple[Sizes, ...], large: int) -> list[Case]:
@@ -189,4 +184,4 @@ def matrix_cases(models: tuple[Sizes, ...], large: int) -> list[Case]:
     flash, pro = models[0], models[-1]
     cases = [route_topk(flash, 1), route_topk(flash, 8), route_topk(pro, 1)]
     cases += linear_cases(flash, large) + expert_cases(flash, pro)
-    return cases + [pack_weight(flash), unpack_weight(flash)]
+    return cases + pack_cases(flash)

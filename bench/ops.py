@@ -57,9 +57,8 @@ def destination(full: Path, args: argparse.Namespace) -> Path | None:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    verdict = {True: "met", False: "MISSED", None: ""}[row["met"]]
     words = f"{row['room']:10} {row['op']:24} {row['case']:36}"
-    return f"{words} {row['us']:9.2f} us {row['percent']:6.1f} %  {row['target'] or '':>9} {verdict}".rstrip()
+    return f"{words} {row['us']:9.2f} us {row['percent']:6.1f} %  {harness.verdict_of(row)}".rstrip()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,11 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="JSON")
     args = parser.parse_args(argv)
     resolve_device("cuda")
-    facts = harness.gpu_facts()
-    path = destination(harness.RESULTS / f"ops-{harness.gpu_slug(facts['gpu'])}.json", args)
-    result = {"schema": 1, "bench": "ops", **facts, **harness.provenance(), "complete": False}
-    result |= {"ceilings": harness.measure_ceilings(), "rows": []}
-    print(f"{facts['gpu']}, driver {facts['driver']}, torch {result['torch']}: {result['ceilings']}")
+    path = destination(harness.result_path("ops"), args)
+    result = harness.new_result("ops")
+    print(f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}: {result['ceilings']}")
 
     def record(row: dict[str, Any]) -> None:
         print(line_of(row), flush=True)

@@ -27,6 +27,8 @@ from bench.matrix_cases import STEP_TOKENS, shapes_of
 from bench.weights import random_nvfp4, weight_bytes
 from dsv4.device import resolve_device
 from dsv4.ops.formats import Nvfp4, dequantize
+from dsv4.ops.gemm import linear
+from dsv4.ops.pack import pack_weight
 
 LARGEST_ERROR = 1e-2  # |y - reference| / |reference|
 OURS = "dsv4"
@@ -76,16 +78,8 @@ def stored_matrix(draw: Draw, n: int, k: int) -> Matrix:
 
 
 def packed_matrix(draw: Draw, n: int, k: int) -> Matrix:
-    from dsv4.ops.pack import pack_weight
-
     weight = random_nvfp4(draw, n, k)
     return Matrix(pack_weight(weight), partial(dequantize, weight))
-
-
-def our_linear(x: Tensor, weight: Any) -> Tensor:
-    from dsv4.ops.gemm import linear
-
-    return linear(x, weight)
 
 
 def int4_bytes(group: int, n: int, k: int) -> int:
@@ -161,7 +155,7 @@ def triton_calls(tokens: int, weight: Nvfp4) -> dict[str, Callable[[Tensor, Any]
 
 NVFP4_BYTES = partial(weight_bytes, "nvfp4")
 PEERS = {
-    OURS: Peer("nvfp4", NVFP4_BYTES, packed_matrix, only(our_linear)),
+    OURS: Peer("nvfp4", NVFP4_BYTES, packed_matrix, only(linear)),
     "bf16": Peer("bf16", partial(weight_bytes, "bf16"), bf16_matrix, only(F.linear)),
     "int4-g32": int4(32),
     "int4-g64": int4(64),
@@ -220,11 +214,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="JSON")
     args = parser.parse_args(argv)
     resolve_device("cuda")
-    facts, names, failed = harness.gpu_facts(), load_peers([name for name in PEERS if name in args.peers]), 0
-    full = harness.RESULTS / f"peers-{harness.gpu_slug(facts['gpu'])}.json"
-    path = args.out or (full if set(args.peers) == set(PEERS) else None)
-    result = {"schema": 1, "bench": "peers", **facts, **harness.provenance(), "complete": False}
-    result |= {"ceilings": harness.measure_ceilings(), "peers": names, "rows": []}
+    names, failed = load_peers([name for name in PEERS if name in args.peers]), 0
+    path = args.out or (harness.result_path("peers") if set(args.peers) == set(PEERS) else None)
+    result = harness.new_result("peers", peers=names)
     for n, k in shapes_of(FLASH):
         for name in names:
             try:
