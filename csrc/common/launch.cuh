@@ -1,7 +1,7 @@
 // How a kernel is started where <<< >>> does not suffice: clusters, overlap with the launch before, much shared memory.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "common/device.cuh"
 
 namespace dsv4 {
 
@@ -35,13 +35,11 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t str
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 
-// How many clusters of 1, 2, 4, .. blocks run at once with so much shared memory, for which the kernel has been opted in,
-// where one block fits a multiprocessor: not all multiprocessors can be grouped.
+// How many clusters of 1, 2, 4, .. blocks run at once with a block a multiprocessor and so much shared memory, for
+// which the kernel has been opted in: not all multiprocessors can be grouped.
 template <int kSizes, class... Params>
 cudaError_t count_clusters(void (*kernel)(Params...), int threads, size_t shared, int (&counts)[kSizes]) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&counts[0], cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error = count_processors(counts[0]);
   for (int bits = 1; bits < kSizes && error == cudaSuccess; ++bits) {
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;

@@ -1,9 +1,11 @@
-// What gemv_mma.cu and gemv_mma_many.cu share: the call, its division among clusters of blocks, the scales of tokens.
+// What gemv_mma.cu and gemv_mma_many.cu share: the call, its division among clusters of blocks, where weights lie.
 //
-// Blocks are divided among jobs (matrices of one format over the same columns of x) by bytes; a block, or a cluster that
-// divides the columns of K, takes a run of 16-row tiles. The warps of a block take the units of this run in turn
+// Blocks are divided among jobs (matrices of one format over the same columns of x) by bytes; a block, or a cluster
+// that divides the columns of K, takes a run of 16-row tiles. The warps of a block take the units of this run in turn
 // (units.cuh), each with a ring of its own under way (ring.cuh).
 #pragma once
+
+#include <type_traits>
 
 #include "common/cluster.cuh"
 #include "common/launch.cuh"
@@ -43,7 +45,7 @@ struct Job {
   int first_tile, tiles;
   int first_cluster, clusters;
   int column;       // of x
-  int span, spans;  // up to 8 tokens: stretches that a warp adds up before others see the sum; how many such make a tile
+  int span, spans;  // up to 8 tokens: stretches that a warp adds up before others see the sum; such spans of a tile
   int each, more;   // tiles of a cluster; the first `more` clusters have one more
 
   int most_tiles() const { return (tiles + clusters - 1) / clusters; }
@@ -56,7 +58,7 @@ struct Gemv {
   int tokens, columns;       // of a matrix: K
   int split_bits;            // 2^split_bits blocks of a cluster divide K
   int chunk_tiles;           // up to 8 tokens: tiles whose sums are in shared memory at once
-  int buffers;               // of these sums: two, so that a chunk need not wait for the one before, unless one is all that fits
+  int buffers;               // of these sums: two, so that no chunk waits for the one before, or one if two do not fit
   int span_bits;             // more tokens: 2^span_bits warps of a block divide its columns
   bool overlap;
   int jobs, matrices;
@@ -73,7 +75,7 @@ struct Gemv {
 // Of tokens and matrices, in shared memory.
 struct Head {
   uint32_t largest[kMaxTokens];   // magnitude
-  float inverse[kMaxTokens];      // of the power of two that a token was scaled by, times that of the weights
+  float inverse[kMaxTokens];      // of the power of two that a token was scaled by; up to 8 tokens, times the weights'
   float token_scale[kMaxTokens];  // if there is one
   float global_scale[kMaxMatrices];
 };
@@ -100,6 +102,25 @@ __device__ inline const Matrix& matrix_of(const Gemv& p, const Job& job, int til
   int m = job.first_matrix;
   for (int left = job.matrices - 1; left > 0 && tile >= p.matrix[m + 1].first_tile; --left) ++m;
   return p.matrix[m];
+}
+// Unit `block` of a row tile, counted from the matrix's first column: the Source's unit (ring.cuh).
+template <Kind kind>
+__device__ inline auto unit_at(const Gemv& p, const Job& job, int tile, int block, int lane) {
+  const Matrix& m = matrix_of(p, job, tile);
+  if constexpr (is_packed(kind)) {
+    return m.data + int64_t((tile - m.first_tile) * p.stretches() + block) * unit_bytes(kind);
+  } else {
+    return Unit<kind>(m.data, m.rows, p.columns, tile - m.first_tile, block, lane);
+  }
+}
+// What a block needs of tokens and matrices before it can read x.
+template <Kind kind>
+__device__ inline void prepare_head(const Gemv& p, const Job& job, Head& head) {
+  if (threadIdx.x < kMaxTokens) head.largest[threadIdx.x] = 0;
+  if (kind == Kind::nvfp4 && threadIdx.x < job.matrices) {
+    const int m = job.first_matrix + threadIdx.x;
+    head.global_scale[m] = *static_cast<const float*>(p.matrix[m].scales);
+  }
 }
 // The scale of the FP8 unit of 128 columns with this number, counted from the matrix's first column.
 __device__ inline float block_scale_of(const Gemv& p, const Matrix& m, int tile, int unit) {
@@ -137,29 +158,38 @@ inline int64_t divide(Gemv& p, int clusters) {
   return bytes_of(p.job[slowest()]);
 }
 
-inline int64_t blocks_of(const Gemv& p) {
-  const Job& last = p.job[p.jobs - 1];
-  return int64_t(last.first_cluster + last.clusters) * p.splits();
-}
+// What is asked of the device once for all sizes of a kernel's clusters.
+struct Clusters {
+  int count[kMaxSplitBits + 1];
+  cudaError_t error;
 
-// `first` .. + `count` - 1 of the tokens as a call of its own.
-inline Gemv part_of(const Gemv& p, int first, int count) {
-  Gemv part = p;
-  part.tokens = count;
-  part.x += first * p.x_stride;
-  if (p.token_scale != nullptr) part.token_scale += first;
-  for (int i = 0; i < p.matrices; ++i) {
-    Matrix& m = part.matrix[i];
-    m.out = static_cast<char*>(m.out) + first * m.stride * (m.out_f32 ? sizeof(float) : sizeof(bf16));
+  explicit Clusters(void (*kernel)(Gemv)) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+    if (error == cudaSuccess) error = count_clusters(kernel, kThreads, kMaxShared, count);
   }
-  return part;
+};
+
+// Starts a kernel that has been prepared, once: `two_blocks` of it, of two launches, may share a multiprocessor.
+template <void (*kernel)(Gemv), bool two_blocks>
+cudaError_t start_kernel(const Gemv& p, int shared, cudaStream_t stream) {
+  static const cudaError_t ready = [] {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+    if (error != cudaSuccess || !two_blocks) return error;
+    // They need all of what could be L1 cache.
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+  }();
+  if (ready != cudaSuccess) return ready;
+  const Job& last = p.job[p.jobs - 1];
+  Grid grid{.blocks = int64_t(last.first_cluster + last.clusters) * p.splits(), .threads = kThreads};
+  grid.shared = size_t(shared);
+  grid.cluster = p.splits();
+  grid.overlap = p.overlap;
+  return launch(kernel, grid, stream, p);
 }
 
 // `start(constant)` of a format.
-template <Kind kKind>
-struct KindConstant {
-  static constexpr Kind value = kKind;
-};
+template <Kind kind>
+using KindConstant = std::integral_constant<Kind, kind>;
 template <class Start>
 cudaError_t for_kind(Kind kind, const Start& start) {
   switch (kind) {

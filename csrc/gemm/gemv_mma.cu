@@ -194,26 +194,18 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
     Source<kind> source;
     source.exists = ahead.tile < run.tiles;
     if constexpr (is_packed(kind)) {
-      if (!same_span) {
-        const Matrix& m = matrix_of(p, job, tile);
-        ahead_at = m.data + int64_t((tile - m.first_tile) * p.stretches() + block) * unit_bytes(kind);
-      }
+      if (!same_span) ahead_at = unit_at<kind>(p, job, tile, block, lane);
       source.unit = ahead_at;
       ahead_at += unit_bytes(kind);
     } else {
-      const Matrix& m = matrix_of(p, job, tile);
-      source.unit = Unit<kind>(m.data, m.rows, p.columns, tile - m.first_tile, block, lane);
+      source.unit = unit_at<kind>(p, job, tile, block, lane);
     }
     return source;
   };
   Ring<kind, kSlots> ring(shared + warp * kSlots * kUnitShared, barriers + 8 * warp * kSlots, lane);
   auto prepare = [&] {
     ring.fill(next_unit);
-    if (threadIdx.x < kMaxTokens) head.largest[threadIdx.x] = 0;
-    if (kind == Kind::nvfp4 && threadIdx.x < job.matrices) {
-      const int m = job.first_matrix + threadIdx.x;
-      head.global_scale[m] = *static_cast<const float*>(p.matrix[m].scales);
-    }
+    prepare_head<kind>(p, job, head);
     if (p.split_bits > 0) {
       if (threadIdx.x == 0) {
         make_barrier(exchange_barrier, 1);
@@ -408,35 +400,8 @@ int choose_chunk(Gemv& p) {
   return Layout(p, spans, p.chunk_tiles).total;
 }
 
-template <int kKind>
-cudaError_t start(const Gemv& p, int shared, cudaStream_t stream) {
-  auto* kernel = gemv_mma_kernel<kKind>;
-  static cudaError_t ready = [&] {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
-    // Two blocks on a multiprocessor, of two launches, need all of what could be L1 cache.
-    return error != cudaSuccess ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-  }();
-  if (ready != cudaSuccess) return ready;
-  Grid grid{.blocks = blocks_of(p), .threads = kThreads};
-  grid.shared = size_t(shared);
-  grid.cluster = p.splits();
-  grid.overlap = p.overlap;
-  return launch(kernel, grid, stream, p);
-}
-
-struct Clusters {
-  int count[kMaxSplitBits + 1];
-  cudaError_t error;
-
-  Clusters() {
-    auto* kernel = gemv_mma_kernel<kAny>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
-    if (error == cudaSuccess) error = count_clusters(kernel, kThreads, kMaxShared, count);
-  }
-};
-
 cudaError_t start_few(const Gemv& call, cudaStream_t stream) {
-  static const Clusters clusters;
+  static const Clusters clusters(gemv_mma_kernel<kAny>);
   if (clusters.error != cudaSuccess) return clusters.error;
   Gemv p = call;
   if (!choose_splits(p, clusters.count)) return cudaErrorInvalidValue;
@@ -444,9 +409,12 @@ cudaError_t start_few(const Gemv& call, cudaStream_t stream) {
   const int shared = choose_chunk(p);
   if (shared == 0) return cudaErrorInvalidValue;
   for (int j = 1; j < p.jobs; ++j) {
-    if (p.job[j].kind != p.job[0].kind) return start<kAny>(p, shared, stream);
+    if (p.job[j].kind != p.job[0].kind) return start_kernel<gemv_mma_kernel<kAny>, true>(p, shared, stream);
   }
-  return for_kind(p.job[0].kind, [&](auto kind) { return start<int(kind.value)>(p, shared, stream); });
+  return for_kind(p.job[0].kind, [&](auto constant) {
+    constexpr int kKind = int(decltype(constant)::value);
+    return start_kernel<gemv_mma_kernel<kKind>, true>(p, shared, stream);
+  });
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
 // gemv_mma for 9 to 32 tokens.
 //
-// So many tokens of a long row fill the shared memory, and the sums of a tile (16 rows x 32 tokens, 2 KB) are too many to
-// keep beside them. So a warp keeps them in registers over all units that it has of a tile. The columns of K are divided
-// among the blocks of a cluster and among the warps of a block, as far as there are too few tiles for all warps: the parts
-// of a tile. One of their warps, the finisher, gets the sums of the others by counted stores, adds the parts in an
-// order that depends on the tile alone, scales, rounds once and stores. No barrier of the block stands between a warp and its next tile.
+// So many tokens of a long row fill the shared memory, and the sums of a tile (16 rows x 32 tokens, 2 KB) are too many
+// to keep beside them. So a warp keeps them in registers over all units that it has of a tile. The columns of K are
+// divided among the blocks of a cluster and among the warps of a block, as far as there are too few tiles for all
+// warps: the parts of a tile. One of their warps, the finisher, gets the sums of the others, adds the parts in an order
+// that depends on the tile alone, scales, rounds once and stores. No barrier of the block stands between a warp and
+// its next tile.
 //
 // A finisher has room for the sums of one tile: before the next one it tells the others that their sums have been read.
 // sass gemv_mma_many_kernel: HMMA.16816.F32, LDS.128
@@ -82,7 +83,7 @@ __device__ inline void load_tokens(const Gemv& p, const Job& job, const Run& run
   }
 }
 
-// The sums of a tile, scaled and rounded. Lanes of neighbouring rows exchange a token, so that each stores pairs of rows.
+// The sums of a tile, scaled and rounded. Lanes of neighbouring rows exchange a token, so that each stores two rows.
 template <Kind kind, int kTiles>
 __device__ inline void store_tile(const Gemv& p, const Job& job, const Head& head, int tile, int lane,
                                   const float (&sum)[kTiles][4]) {
@@ -215,15 +216,11 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
     Source<kind> source;
     source.exists = ahead_tile < run.tiles;
     if constexpr (is_packed(kind)) {
-      if (ahead == first) {
-        const Matrix& m = matrix_of(p, job, tile);
-        ahead_at = m.data + int64_t((tile - m.first_tile) * p.stretches() + block) * unit_bytes(kind);
-      }
+      if (ahead == first) ahead_at = unit_at<kind>(p, job, tile, block, lane);
       source.unit = ahead_at;
       ahead_at += unit_bytes(kind);
     } else {
-      const Matrix& m = matrix_of(p, job, tile);
-      source.unit = Unit<kind>(m.data, m.rows, p.columns, tile - m.first_tile, block, lane);
+      source.unit = unit_at<kind>(p, job, tile, block, lane);
     }
     ++ahead;
     return source;
@@ -231,11 +228,7 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
   Ring<kind, kSlots> ring(shared + warp * kSlots * kUnitShared, barriers + 8 * warp * kSlots, lane);
   auto prepare = [&] {
     ring.fill(next_unit);
-    if (threadIdx.x < kMaxTokens) head.largest[threadIdx.x] = 0;
-    if (kind == Kind::nvfp4 && threadIdx.x < job.matrices) {
-      const int m = job.first_matrix + threadIdx.x;
-      head.global_scale[m] = *static_cast<const float*>(p.matrix[m].scales);
-    }
+    prepare_head<kind>(p, job, head);
     if (threadIdx.x < 2 * kWarps) {
       // A finisher's sums are counted by bytes where a cluster divides K, else by the warps that have written them.
       const bool warps = threadIdx.x < kWarps && p.split_bits == 0;
@@ -309,8 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemv_mma_many_kernel(const __grid
 // How many blocks and warps divide K, so that the tokens fit and the busiest warp has the fewest stretches.
 bool choose_parts(Gemv& p, const int (&clusters)[kMaxSplitBits + 1]) {
   double least = 0;
-  Gemv best = p;
-  bool found = false;
+  int best_split = -1, best_span = 0;
   for (p.split_bits = 0; p.split_bits <= kMaxSplitBits && p.splits() <= p.stretches(); ++p.split_bits) {
     if (clusters[p.split_bits] < p.jobs) continue;
     divide(p, clusters[p.split_bits]);
@@ -326,35 +318,28 @@ bool choose_parts(Gemv& p, const int (&clusters)[kMaxSplitBits + 1]) {
         slowest = cost > slowest ? cost : slowest;
       }
       const double cost = slowest + 0.1 * (p.split_bits + p.span_bits) + (p.split_bits > 0 ? 0.4 : 0);
-      if (!found || cost < least) found = true, least = cost, best = p;
+      if (best_split < 0 || cost < least) best_split = p.split_bits, best_span = p.span_bits, least = cost;
     }
   }
-  p = best;
-  return found;
+  if (best_split < 0) return false;
+  p.split_bits = best_split;
+  p.span_bits = best_span;
+  divide(p, clusters[best_split]);
+  return true;
 }
 
-template <int kTiles, Kind kind>
-cudaError_t start(const Gemv& p, cudaStream_t stream) {
-  auto* kernel = gemv_mma_many_kernel<kTiles, kind>;
-  static cudaError_t ready = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
-  if (ready != cudaSuccess) return ready;
-  Grid grid{.blocks = blocks_of(p), .threads = kThreads};
-  grid.shared = size_t(shared_bytes(p));
-  grid.cluster = p.splits();
-  grid.overlap = p.overlap;
-  return launch(kernel, grid, stream, p);
-}
-
-struct Clusters {
-  int count[kMaxSplitBits + 1];
-  cudaError_t error;
-
-  Clusters() {
-    auto* kernel = gemv_mma_many_kernel<4, Kind::nvfp4>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
-    if (error == cudaSuccess) error = count_clusters(kernel, kThreads, kMaxShared, count);
+// `first` .. + `count` - 1 of the tokens as a call of its own.
+Gemv part_of(const Gemv& p, int first, int count) {
+  Gemv part = p;
+  part.tokens = count;
+  part.x += first * p.x_stride;
+  if (p.token_scale != nullptr) part.token_scale += first;
+  for (int i = 0; i < p.matrices; ++i) {
+    Matrix& m = part.matrix[i];
+    m.out = static_cast<char*>(m.out) + first * m.stride * (m.out_f32 ? sizeof(float) : sizeof(bf16));
   }
-};
+  return part;
+}
 
 // Jobs of one format: one launch, or several for fewer tokens each where so many do not fit shared memory.
 cudaError_t start_kind(const Gemv& call, Kind kind, const Clusters& clusters, cudaStream_t stream) {
@@ -367,7 +352,9 @@ cudaError_t start_kind(const Gemv& call, Kind kind, const Clusters& clusters, cu
       const Gemv part = part_of(p, first, call.tokens - first < step ? call.tokens - first : step);
       const cudaError_t error = for_kind(kind, [&](auto constant) {
         constexpr Kind kKind = decltype(constant)::value;
-        return step <= 16 ? start<2, kKind>(part, stream) : start<4, kKind>(part, stream);
+        const int shared = shared_bytes(part);
+        if (step <= 16) return start_kernel<gemv_mma_many_kernel<2, kKind>, false>(part, shared, stream);
+        return start_kernel<gemv_mma_many_kernel<4, kKind>, false>(part, shared, stream);
       });
       if (error != cudaSuccess) return error;
     }
@@ -380,7 +367,7 @@ cudaError_t start_kind(const Gemv& call, Kind kind, const Clusters& clusters, cu
 
 // A launch for each format: with so many tokens a kernel for several would not keep its sums in registers.
 cudaError_t start_many(const Gemv& call, cudaStream_t stream) {
-  static const Clusters clusters;
+  static const Clusters clusters(gemv_mma_many_kernel<4, Kind::nvfp4>);
   if (clusters.error != cudaSuccess) return clusters.error;
   for (int j = 0; j < call.jobs;) {
     const Kind kind = call.job[j].kind;

@@ -317,33 +317,20 @@ __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
   }
 }
 
-// What is asked of the device once: multiprocessors, and how many clusters of each size run at once, with a block a
-// multiprocessor: not all multiprocessors can be grouped.
+// What is asked of the device once: how many clusters of each size run at once.
 struct Device {
   int clusters[kMaxSplitBits + 1];
   cudaError_t error;
 
   Device() {
-    error = count_processors(clusters[0]);
     for (auto* kernel : {experts_gate_up_kernel, experts_down_kernel}) {
-      if (error != cudaSuccess) return;
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxExpertShared);
       if (error != cudaSuccess) return;
       // Two blocks on a multiprocessor, of two launches, need all of what could be L1 cache.
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+      if (error != cudaSuccess) return;
     }
-    for (int bits = 1; bits <= kMaxSplitBits && error == cudaSuccess; ++bits) {
-      cudaLaunchAttribute attribute;
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {1u << bits, 1, 1};
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(unsigned(clusters[0] >> bits << bits));
-      config.blockDim = dim3(kExpertThreads);
-      config.dynamicSmemBytes = kMaxExpertShared;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      error = cudaOccupancyMaxActiveClusters(&clusters[bits], experts_down_kernel, &config);
-    }
+    error = count_clusters(experts_down_kernel, kExpertThreads, kMaxExpertShared, clusters);
   }
 };
 
