@@ -51,4 +51,21 @@ __device__ inline void store_remote_counted(uint32_t mine, uint32_t barrier, int
       : "memory");
 }
 
+// Arrive at a barrier of this block: what this thread has written or read before, or its warp before a __syncwarp, is known
+// to who waits.
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrive at the barrier of the same place in block `rank` of this cluster: what this thread has read, or its warp before a
+// __syncwarp, may be overwritten.
+__device__ inline void arrive_remote(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 counter;\n"
+      "mapa.shared::cluster.u32 counter, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [counter];\n"
+      "}" ::"r"(barrier), "r"(rank)
+      : "memory");
+}
+
 }  // namespace dsv4

@@ -35,4 +35,26 @@ cudaError_t launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t str
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 
+// How many clusters of 1, 2, 4, .. blocks run at once with so much shared memory, for which the kernel has been opted in,
+// where one block fits a multiprocessor: not all multiprocessors can be grouped.
+template <int kSizes, class... Params>
+cudaError_t count_clusters(void (*kernel)(Params...), int threads, size_t shared, int (&counts)[kSizes]) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&counts[0], cudaDevAttrMultiProcessorCount, device);
+  for (int bits = 1; bits < kSizes && error == cudaSuccess; ++bits) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {1u << bits, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(counts[0] >> bits << bits));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    error = cudaOccupancyMaxActiveClusters(&counts[bits], kernel, &config);
+  }
+  return error;
+}
+
 }  // namespace dsv4

@@ -1,81 +1,25 @@
 // gemv_mma: linear, linear_stack and grouped_linear of ops/gemm/reference.py for up to 32 tokens; weights of any format.
 //
 // Every weight is read once: N K (0.5 + 1/16) bytes of NVFP4, 18.9 MB at 8192 x 4096, 4.3 us of an H200's memory. That is
-// what takes the time, so everything else is small beside it. The grid has a block a multiprocessor. Blocks are divided
-// among jobs (matrices of one format over the same columns of x) by bytes; a block, or a cluster that divides the columns
-// of K, takes a run of 16-row tiles. Its sixteen warps take the units of this run in turn (units.cuh), each with a ring of
-// its own under way (ring.cuh), and multiply them with the tokens, which lie in shared memory. A unit's 16 x T sums go to
-// shared memory; a barrier later they are added over K in ascending order, scaled, rounded once and stored. The order
-// depends on the shape of the matrix alone: a token's result has the same bits beside any other seven.
+// what takes the time, so everything else is small beside it. The grid has a block a multiprocessor; gemv.cuh says what
+// each of them and its warps do. Here, for up to 8 tokens, warps multiply the units with the tokens, which lie in shared
+// memory; a unit's 16 x T sums go to shared memory; a barrier later they are added over K in ascending order, scaled,
+// rounded once and stored. The order depends on the shape of the matrix alone: a token's result has the same bits beside
+// any other seven. For more tokens see gemv_mma_many.cu.
 //
 // Overlapping launches (common/overlap.cuh) start copying weights before the launch before has ended: weights are constants.
 // sass gemv_mma_kernel: HMMA.16816.F32, LDS.128
-#include "common/cluster.cuh"
-#include "common/launch.cuh"
-#include "common/overlap.cuh"
-#include "gemm/ring.cuh"
+#include "gemm/gemv.cuh"
 
 namespace dsv4 {
+namespace gemv {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kSlots = 2;
-constexpr int kStretch = 256;  // columns: K is divided among blocks and warps in multiples of it
-constexpr int kMaxTokens = 32;
-constexpr int kMaxMatrices = 8;
-constexpr int kMaxJobs = 16;
-constexpr int kMaxSplits = 8;
 constexpr int kTokenStride = 20;  // floats between the sums of two tokens: no two lanes of a warp share a bank
-constexpr int kRingBytes = kWarps * kSlots * kUnitShared;
 // Barriers, what is known of tokens, and the matrices' global scales.
-constexpr int kBarriers = kWarps * kSlots + 2;
-constexpr int kHeadBytes = 8 * kBarriers + 4 * (3 * kMaxTokens + kMaxMatrices);
-constexpr int kMaxShared = 227 * 1024;
+constexpr int kBarriers = kRingBarriers + 2;
+constexpr int kHeadBytes = 8 * kBarriers + int(sizeof(Head));
 constexpr int kHalfShared = 113 * 1024;  // two blocks fit a multiprocessor: the launch after may begin
-
-struct Matrix {
-  const uint8_t* data;
-  const void* scales;  // NVFP4: the global scale, f32; FP8: of the blocks
-  void* out;           // [T, rows] of this matrix, `stride` elements between tokens
-  int64_t stride;
-  int rows;
-  int first_tile;  // of the job's tiles
-  bool out_f32, e8m0;
-};
-
-// Matrices of one format that read the same columns of x.
-struct Job {
-  Kind kind;
-  int first_matrix, matrices;
-  int first_tile, tiles;
-  int first_cluster, clusters;
-  int column;       // of x
-  int span, spans;  // stretches that a warp adds up before others see the sum; how many such make a tile
-  int each, more;   // tiles of a cluster; the first `more` clusters have one more
-
-  int most_tiles() const { return (tiles + clusters - 1) / clusters; }
-};
-
-struct Gemv {
-  const bf16* x;
-  int64_t x_stride;
-  const float* token_scale;  // [T] or null
-  int tokens, columns;       // of a matrix: K
-  int split_bits;            // 2^split_bits blocks of a cluster divide K
-  int chunk_tiles;           // tiles whose sums are in shared memory at once
-  int buffers;               // of sums: two, so that a chunk need not wait for the one before, unless one is all that fits
-  bool overlap;
-  int jobs, matrices;
-  float tokens_inverse;
-  Job job[kMaxJobs];
-  Matrix matrix[kMaxMatrices];
-
-  __host__ __device__ int splits() const { return 1 << split_bits; }
-  // Stretches of a row tile, and the most of them that one block has.
-  __host__ __device__ int stretches() const { return (columns + kStretch - 1) / kStretch; }
-  __host__ __device__ int most_stretches() const { return (stretches() + splits() - 1) >> split_bits; }
-};
 
 // Dynamic shared memory of a block: the warps' rings, barriers and scales, tokens, the sums of spans, and those of a
 // cluster's blocks for the tiles that this block of it finishes. Buffers of chunks take turns.
@@ -96,27 +40,12 @@ struct Layout {
   }
 };
 
-// Of tokens and matrices, in shared memory.
-struct Head {
-  uint32_t largest[kMaxTokens];   // magnitude
-  float inverse[kMaxTokens];      // of the power of two that a token was scaled by, times that of the weights
-  float token_scale[kMaxTokens];  // if there is one
-  float global_scale[kMaxMatrices];
-};
+// A block's part of a job, of which warps take spans.
+struct FewRun : Run {
+  int span, spans;  // the last ones may be empty, where a block has fewer stretches
 
-// A block's part of a job: row tiles, and of each the same stretches of K in spans.
-struct Run {
-  int first_tile, tiles, first_stretch, stretches, span, spans;
-
-  __device__ Run(const Gemv& p, const Job& job, int cluster, int rank) {
-    first_tile = job.first_tile + cluster * job.each + min(cluster, job.more);
-    tiles = job.each + (cluster < job.more);
-    const int all = p.stretches();
-    first_stretch = (all * rank) >> p.split_bits;
-    stretches = ((all * (rank + 1)) >> p.split_bits) - first_stretch;
-    span = job.span;
-    spans = job.spans;  // the last ones may be empty, where a block has fewer stretches
-  }
+  __device__ FewRun(const Gemv& p, const Job& job, int cluster, int rank)
+      : Run(p, job, cluster, rank), span(job.span), spans(job.spans) {}
 };
 
 // A warp's way through a run: unit after unit of its spans, which are every sixteenth.
@@ -125,27 +54,21 @@ struct Walk {
   static constexpr int kUnits = kStretch / unit_columns(kind);  // of a stretch
   int tile, span, unit, end;                                    // units of this span, counted from the tile's first here
 
-  __device__ Walk(const Run& run, int warp) : tile(0), span(warp) { settle(run); }
-  __device__ void settle(const Run& run) {
+  __device__ Walk(const FewRun& run, int warp) : tile(0), span(warp) { settle(run); }
+  __device__ void settle(const FewRun& run) {
     while (span >= run.spans) span -= run.spans, ++tile;
     unit = min(span * run.span, run.stretches) * kUnits;
     end = min(span * run.span + run.span, run.stretches) * kUnits;
   }
-  __device__ void next_span(const Run& run) {
+  __device__ void next_span(const FewRun& run) {
     span += kWarps;
     settle(run);
   }
   // Past empty spans, to a unit that exists or past the last tile.
-  __device__ void find(const Run& run) {
+  __device__ void find(const FewRun& run) {
     while (unit >= end && tile < run.tiles) next_span(run);
   }
 };
-
-__device__ inline const Matrix& matrix_of(const Gemv& p, const Job& job, int tile) {
-  int m = job.first_matrix;
-  for (int left = job.matrices - 1; left > 0 && tile >= p.matrix[m + 1].first_tile; --left) ++m;
-  return p.matrix[m];
-}
 
 constexpr int kMostPieces = 8;  // of 256 columns of a token, that one warp brings to shared memory
 
@@ -153,7 +76,7 @@ constexpr int kMostPieces = 8;  // of 256 columns of a token, that one warp brin
 // each token is scaled; head.inverse undoes it. Not by bulk copies: those would queue behind the weights'. `between` is done
 // while the tokens are on their way.
 template <Kind kind, class Between>
-__device__ inline void load_tokens(const Gemv& p, const Job& job, const Run& run, unsigned char* tokens, Head& head,
+__device__ inline void load_tokens(const Gemv& p, const Job& job, const FewRun& run, unsigned char* tokens, Head& head,
                                    const Between& between) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int first = run.first_stretch * kStretch, pitch = token_pitch(run.stretches * kStretch);
@@ -233,33 +156,30 @@ __device__ inline void store_output(const Gemv& p, const Job& job, const Head& h
 }
 
 // Sums of a span to its slot. A lane alone reads and writes its places: units of FP8, each with its scale, add up there.
-template <Kind kind, int kTiles, int kChains>
-__device__ inline void put_sums(const Gemv& p, float* slot, int g, int t, const float (&sum)[kTiles][kChains][4],
+template <Kind kind, int kChains>
+__device__ inline void put_sums(const Gemv& p, float* slot, int g, int t, const float (&sum)[kChains][4],
                                 float scale, bool add) {
   float* to = slot + 2 * t * kTokenStride + g;
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float whole = kChains == 2 ? sum[n][0][e] + sum[n][kChains - 1][e] : sum[n][0][e];
-      float* place = to + (8 * n + e % 2) * kTokenStride + 8 * (e / 2);
-      if (8 * n + 2 * t + e % 2 < p.tokens) {
-        if constexpr (kind == Kind::fp8) whole = add ? fmaf(whole, scale, *place) : whole * scale;
-        *place = whole;
-      }
+  for (int e = 0; e < 4; ++e) {
+    float whole = kChains == 2 ? sum[0][e] + sum[kChains - 1][e] : sum[0][e];
+    float* place = to + e % 2 * kTokenStride + 8 * (e / 2);
+    if (2 * t + e % 2 < p.tokens) {
+      if constexpr (kind == Kind::fp8) whole = add ? fmaf(whole, scale, *place) : whole * scale;
+      *place = whole;
     }
   }
 }
 
-template <Kind kind, int kTiles>  // tiles of 8 tokens
+template <Kind kind>
 __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
   const int cluster = (blockIdx.x >> p.split_bits) - job.first_cluster, rank = blockIdx.x & (p.splits() - 1);
   constexpr int kUnits = Walk<kind>::kUnits, kColumns = unit_columns(kind);
-  constexpr int kChains = kTiles == 1 && kind != Kind::fp8 ? 2 : 1;  // of dependent MMAs
+  constexpr int kChains = kind == Kind::fp8 ? 1 : 2;  // of dependent MMAs
   // Known to the compiler as the same for all lanes.
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0);
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const Run run(p, job, cluster, rank);
+  const FewRun run(p, job, cluster, rank);
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory)), barriers = shared + kRingBytes;
   const uint32_t exchange_barrier = barriers + 8 * kWarps * kSlots;
   Head& head = *reinterpret_cast<Head*>(memory + kRingBytes + 8 * kBarriers);
@@ -310,11 +230,7 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
     if (p.token_scale != nullptr && threadIdx.x < p.tokens) head.token_scale[threadIdx.x] = p.token_scale[threadIdx.x];
   });
   __syncthreads();
-  uint32_t token_at[kTiles];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    token_at[n] = shared + layout.tokens + min(8 * n + g, p.tokens - 1) * token_pitch(run.stretches * kStretch) + 16 * t;
-  }
+  const uint32_t token_at = shared + layout.tokens + min(g, p.tokens - 1) * token_pitch(run.stretches * kStretch) + 16 * t;
 
   int parity = 0;  // of the chunk's number
   for (int chunk = 0; chunk < run.tiles; chunk += p.chunk_tiles, parity ^= 1) {
@@ -323,27 +239,22 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
     const int end = min(chunk + p.chunk_tiles, run.tiles);
     for (; at.tile < end; at.next_span(run)) {
       float* slot = sums + ((at.tile - chunk) * run.spans + at.span) * layout.slot_floats;
-      float sum[kTiles][kChains][4] = {};
+      float sum[kChains][4] = {};
       const int first = at.unit;
       for (int unit = first; unit < at.end; ++unit) {
         const int token_offset = unit * (kColumns / kHalf * kHalfBytes);
         ring.take(next_unit, [&](int half, const uint32_t(&a)[kSteps][4]) {
+          uint32_t x[kSteps][2];
+          read_tokens(token_at + token_offset + half * kHalfBytes, x);
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            uint32_t x[kSteps][2];
-            read_tokens(token_at[n] + token_offset + half * kHalfBytes, x);
-#pragma unroll
-            for (int i = 0; i < kSteps; ++i) multiply_step<kind>(sum[n][i % kChains], a[i], x[i]);
-          }
+          for (int i = 0; i < kSteps; ++i) multiply_step<kind>(sum[i % kChains], a[i], x[i]);
         });
         if constexpr (kind == Kind::fp8) {
-          const Matrix& m = matrix_of(p, job, run.first_tile + at.tile);
-          const int blocks = int(ceil_div(p.columns, kColumns));
-          const int row = (run.first_tile + at.tile - m.first_tile) / (kColumns / kUnitRows);
-          const int column = min(run.first_stretch * kUnits + unit, blocks - 1);
-          put_sums<kind>(p, slot, g, t, sum, read_block_scale(m.scales, m.e8m0, row * blocks + column), unit > first);
+          const int tile = run.first_tile + at.tile;
+          const float scale = block_scale_of(p, matrix_of(p, job, tile), tile, run.first_stretch * kUnits + unit);
+          put_sums<kind>(p, slot, g, t, sum, scale, unit > first);
 #pragma unroll
-          for (int i = 0; i < 4 * kTiles; ++i) sum[i / 4][0][i % 4] = 0.0f;
+          for (int i = 0; i < 4; ++i) sum[0][i] = 0.0f;
         }
       }
       if (kind != Kind::fp8 || first >= at.end) put_sums<kind>(p, slot, g, t, sum, 1.0f, false);
@@ -407,47 +318,22 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
 
 // Of matrices of one format, of which two blocks fit a multiprocessor, or of several.
 constexpr int kAny = -1;
-template <int kTiles, int kKind>
-__global__ void __launch_bounds__(kThreads, kTiles == 1 && kKind != kAny && DSV4_ARCH == 90 ? 2 : 1)
+template <int kKind>
+__global__ void __launch_bounds__(kThreads, kKind != kAny && DSV4_ARCH == 90 ? 2 : 1)
     gemv_mma_kernel(const __grid_constant__ Gemv p) {
   extern __shared__ __align__(128) unsigned char memory[];
   let_next_launch_start();
-  int j = 0;
-  while (j + 1 < p.jobs && int(blockIdx.x >> p.split_bits) >= p.job[j + 1].first_cluster) ++j;
-  const Job& job = p.job[j];
+  const Job& job = job_of_block(p);
   if constexpr (kKind != kAny) {
-    run_job<Kind(kKind), kTiles>(p, job, memory);
+    run_job<Kind(kKind)>(p, job, memory);
   } else {
     switch (job.kind) {
-      case Kind::nvfp4: return run_job<Kind::nvfp4, kTiles>(p, job, memory);
-      case Kind::mxfp4: return run_job<Kind::mxfp4, kTiles>(p, job, memory);
-      case Kind::fp8: return run_job<Kind::fp8, kTiles>(p, job, memory);
-      case Kind::bf16: return run_job<Kind::bf16, kTiles>(p, job, memory);
+      case Kind::nvfp4: return run_job<Kind::nvfp4>(p, job, memory);
+      case Kind::mxfp4: return run_job<Kind::mxfp4>(p, job, memory);
+      case Kind::fp8: return run_job<Kind::fp8>(p, job, memory);
+      case Kind::bf16: return run_job<Kind::bf16>(p, job, memory);
     }
   }
-}
-
-int64_t tile_bytes(Kind kind, int columns) {
-  const int64_t units = ceil_div(columns, unit_columns(kind));
-  return units * (is_packed(kind) ? unit_bytes(kind) : kPieces * kPieceBytes);
-}
-
-// Divides `clusters` among the jobs so that the one that ends last ends early; the bytes that its clusters then read.
-int64_t divide(Gemv& p, int clusters) {
-  auto bytes_of = [&](const Job& job) { return job.most_tiles() * tile_bytes(job.kind, p.columns); };
-  for (int j = 0; j < p.jobs; ++j) p.job[j].clusters = 1;
-  auto slowest = [&] {
-    int found = 0;
-    for (int j = 1; j < p.jobs; ++j) found = bytes_of(p.job[j]) > bytes_of(p.job[found]) ? j : found;
-    return found;
-  };
-  for (int left = clusters - p.jobs; left > 0; --left) {
-    Job& job = p.job[slowest()];
-    if (job.clusters == job.tiles) break;
-    ++job.clusters;
-  }
-  for (int j = 0, first = 0; j < p.jobs; first += p.job[j++].clusters) p.job[j].first_cluster = first;
-  return bytes_of(p.job[slowest()]);
 }
 
 // How many stretches a warp adds up: as many as leave every warp the same work, or nearly.
@@ -463,40 +349,16 @@ int choose_span(const Gemv& p, const Job& job) {
   return best;
 }
 
-// How many clusters of each size run at once, with a block a multiprocessor: not all multiprocessors can be grouped.
-struct Clusters {
-  int count[4];
-  cudaError_t error;
-
-  Clusters() {
-    auto* kernel = gemv_mma_kernel<4, kAny>;
-    error = count_processors(count[0]);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
-    for (int bits = 1; bits < 4 && error == cudaSuccess; ++bits) {
-      cudaLaunchAttribute attribute;
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {1u << bits, 1, 1};
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(unsigned(count[0] >> bits << bits));
-      config.blockDim = dim3(kThreads);
-      config.dynamicSmemBytes = kMaxShared;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      error = cudaOccupancyMaxActiveClusters(&count[bits], kernel, &config);
-    }
-  }
-};
-
 // How many blocks divide K: at least what lets the tokens fit, then what spreads the bytes best. A function of the
-// matrices alone for up to 8 tokens, so that their bits do not depend on how many there are.
-bool choose_splits(Gemv& p, const int (&clusters)[4]) {
-  const int fit = p.tokens > 16 ? 4 : p.tokens > 8 ? 8 : 16;
+// matrices alone, so that their bits do not depend on how many tokens there are.
+bool choose_splits(Gemv& p, const int (&clusters)[kMaxSplitBits + 1]) {
+  constexpr int kFit = 16;
   int best = -1;
   double least = 0;
-  for (p.split_bits = 0; p.splits() <= kMaxSplits && p.splits() <= p.stretches(); ++p.split_bits) {
+  for (p.split_bits = 0; p.split_bits <= kMaxSplitBits && p.splits() <= p.stretches(); ++p.split_bits) {
     const int splits = p.splits();
-    const bool last = 2 * splits > kMaxSplits || 2 * splits > p.stretches();
-    if ((p.most_stretches() > fit && !last) || clusters[p.split_bits] < p.jobs) continue;
+    const bool last = p.split_bits == kMaxSplitBits || 2 * splits > p.stretches();
+    if ((p.most_stretches() > kFit && !last) || clusters[p.split_bits] < p.jobs) continue;
     // Every doubling must be worth 4 %: blocks wait for each other.
     const double bytes = double(divide(p, clusters[p.split_bits])) / splits * (1 + 0.04 * p.split_bits);
     if (best < 0 || bytes < least) best = p.split_bits, least = bytes;
@@ -508,8 +370,6 @@ bool choose_splits(Gemv& p, const int (&clusters)[4]) {
     Job& job = p.job[j];
     job.span = choose_span(p, job);
     job.spans = (p.most_stretches() + job.span - 1) / job.span;
-    job.each = job.tiles / job.clusters;
-    job.more = job.tiles % job.clusters;
   }
   return true;
 }
@@ -548,73 +408,53 @@ int choose_chunk(Gemv& p) {
   return Layout(p, spans, p.chunk_tiles).total;
 }
 
-template <int kTiles, int kKind>
+template <int kKind>
 cudaError_t start(const Gemv& p, int shared, cudaStream_t stream) {
-  auto* kernel = gemv_mma_kernel<kTiles, kKind>;
+  auto* kernel = gemv_mma_kernel<kKind>;
   static cudaError_t ready = [&] {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
     // Two blocks on a multiprocessor, of two launches, need all of what could be L1 cache.
     return error != cudaSuccess ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   }();
   if (ready != cudaSuccess) return ready;
-  const Job& last = p.job[p.jobs - 1];
-  Grid grid{.blocks = int64_t(last.first_cluster + last.clusters) * p.splits(), .threads = kThreads};
+  Grid grid{.blocks = blocks_of(p), .threads = kThreads};
   grid.shared = size_t(shared);
   grid.cluster = p.splits();
   grid.overlap = p.overlap;
   return launch(kernel, grid, stream, p);
 }
 
-template <int kKind>
-cudaError_t start(const Gemv& p, int tokens, int shared, cudaStream_t stream) {
-  if (tokens <= 8) return start<1, kKind>(p, shared, stream);
-  return tokens <= 16 ? start<2, kKind>(p, shared, stream) : start<4, kKind>(p, shared, stream);
-}
+struct Clusters {
+  int count[kMaxSplitBits + 1];
+  cudaError_t error;
 
-cudaError_t start(const Gemv& p, int tokens, int shared, cudaStream_t stream) {
-  bool one_kind = true;
-  for (int j = 1; j < p.jobs; ++j) one_kind = one_kind && p.job[j].kind == p.job[0].kind;
-  if (!one_kind) return start<kAny>(p, tokens, shared, stream);
-  switch (p.job[0].kind) {
-    case Kind::nvfp4: return start<int(Kind::nvfp4)>(p, tokens, shared, stream);
-    case Kind::mxfp4: return start<int(Kind::mxfp4)>(p, tokens, shared, stream);
-    case Kind::fp8: return start<int(Kind::fp8)>(p, tokens, shared, stream);
-    case Kind::bf16: return start<int(Kind::bf16)>(p, tokens, shared, stream);
+  Clusters() {
+    auto* kernel = gemv_mma_kernel<kAny>;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+    if (error == cudaSuccess) error = count_clusters(kernel, kThreads, kMaxShared, count);
   }
-  return cudaErrorInvalidValue;
-}
+};
 
-// One launch, or several for fewer tokens each where so many do not fit shared memory.
-cudaError_t start_all(Gemv p, const int (&clusters)[4], cudaStream_t stream) {
-  const int tokens = p.tokens;
-  int shared = 0;
-  for (int most = kMaxTokens; shared == 0 && most >= 8; most /= 2) {
-    p.tokens = tokens < most ? tokens : most;
-    if (!choose_splits(p, clusters)) return cudaErrorInvalidValue;
-    shared = choose_chunk(p);
-  }
+cudaError_t start_few(const Gemv& call, cudaStream_t stream) {
+  static const Clusters clusters;
+  if (clusters.error != cudaSuccess) return clusters.error;
+  Gemv p = call;
+  if (!choose_splits(p, clusters.count)) return cudaErrorInvalidValue;
+  p.tokens_inverse = 1.0f / float(p.tokens);
+  const int shared = choose_chunk(p);
   if (shared == 0) return cudaErrorInvalidValue;
-  const int step = p.tokens;
-  for (int first = 0; first < tokens; first += step) {
-    Gemv part = p;
-    part.tokens = tokens - first < step ? tokens - first : step;
-    part.tokens_inverse = 1.0f / float(part.tokens);
-    part.x += first * p.x_stride;
-    if (p.token_scale != nullptr) part.token_scale += first;
-    for (int i = 0; i < p.matrices; ++i) {
-      Matrix& m = part.matrix[i];
-      m.out = static_cast<char*>(m.out) + first * m.stride * (m.out_f32 ? sizeof(float) : sizeof(bf16));
-    }
-    const cudaError_t error = start(part, step, shared, stream);
-    if (error != cudaSuccess) return error;
+  for (int j = 1; j < p.jobs; ++j) {
+    if (p.job[j].kind != p.job[0].kind) return start<kAny>(p, shared, stream);
   }
-  return cudaSuccess;
+  return for_kind(p.job[0].kind, [&](auto kind) { return start<int(kind.value)>(p, shared, stream); });
 }
 
 }  // namespace
+}  // namespace gemv
 
 cudaError_t gemv_mma(In x, Maybe<const float> token_scale, TensorList weights, TensorList scales, TensorList outs,
                      IntegerList kinds, IntegerList rows, int64_t tokens, int64_t columns, int64_t groups, bool overlap, cudaStream_t stream) {
+  using namespace gemv;
   if (weights.count > kMaxMatrices || groups > kMaxJobs || (groups > 1 && weights.count > 1)) return cudaErrorInvalidValue;
   if (columns % 16 || tokens > kMaxTokens || tokens < 1 || x.type != Type::bf16) return cudaErrorInvalidValue;
   if (uintptr_t(x.data) % 16) return cudaErrorMisalignedAddress;
@@ -654,8 +494,7 @@ cudaError_t gemv_mma(In x, Maybe<const float> token_scale, TensorList weights, T
     }
     p.jobs = int(groups);
   }
-  static const Clusters clusters;
-  return clusters.error != cudaSuccess ? clusters.error : start_all(p, clusters.count, stream);
+  return tokens <= kFewTokens ? start_few(p, stream) : start_many(p, stream);
 }
 
 }  // namespace dsv4

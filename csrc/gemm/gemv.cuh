@@ -1,0 +1,178 @@
+// What gemv_mma.cu and gemv_mma_many.cu share: the call, its division among clusters of blocks, the scales of tokens.
+//
+// Blocks are divided among jobs (matrices of one format over the same columns of x) by bytes; a block, or a cluster that
+// divides the columns of K, takes a run of 16-row tiles. The warps of a block take the units of this run in turn
+// (units.cuh), each with a ring of its own under way (ring.cuh).
+#pragma once
+
+#include "common/cluster.cuh"
+#include "common/launch.cuh"
+#include "common/overlap.cuh"
+#include "gemm/ring.cuh"
+
+namespace dsv4 {
+namespace gemv {
+
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kSlots = 2;
+constexpr int kStretch = 256;  // columns: K is divided among blocks and warps in multiples of it
+constexpr int kFewTokens = 8;
+constexpr int kMaxTokens = 32;
+constexpr int kMaxMatrices = 8;
+constexpr int kMaxJobs = 16;
+constexpr int kMaxSplitBits = 3;
+constexpr int kRingBytes = kWarps * kSlots * kUnitShared;
+constexpr int kRingBarriers = kWarps * kSlots;
+constexpr int kMaxShared = 227 * 1024;
+
+struct Matrix {
+  const uint8_t* data;
+  const void* scales;  // NVFP4: the global scale, f32; FP8: of the blocks
+  void* out;           // [T, rows] of this matrix, `stride` elements between tokens
+  int64_t stride;
+  int rows;
+  int first_tile;  // of the job's tiles
+  bool out_f32, e8m0;
+};
+
+// Matrices of one format that read the same columns of x.
+struct Job {
+  Kind kind;
+  int first_matrix, matrices;
+  int first_tile, tiles;
+  int first_cluster, clusters;
+  int column;       // of x
+  int span, spans;  // up to 8 tokens: stretches that a warp adds up before others see the sum; how many such make a tile
+  int each, more;   // tiles of a cluster; the first `more` clusters have one more
+
+  int most_tiles() const { return (tiles + clusters - 1) / clusters; }
+};
+
+struct Gemv {
+  const bf16* x;
+  int64_t x_stride;
+  const float* token_scale;  // [T] or null
+  int tokens, columns;       // of a matrix: K
+  int split_bits;            // 2^split_bits blocks of a cluster divide K
+  int chunk_tiles;           // up to 8 tokens: tiles whose sums are in shared memory at once
+  int buffers;               // of these sums: two, so that a chunk need not wait for the one before, unless one is all that fits
+  int span_bits;             // more tokens: 2^span_bits warps of a block divide its columns
+  bool overlap;
+  int jobs, matrices;
+  float tokens_inverse;
+  Job job[kMaxJobs];
+  Matrix matrix[kMaxMatrices];
+
+  __host__ __device__ int splits() const { return 1 << split_bits; }
+  // Stretches of a row tile, and the most of them that one block has.
+  __host__ __device__ int stretches() const { return (columns + kStretch - 1) / kStretch; }
+  __host__ __device__ int most_stretches() const { return (stretches() + splits() - 1) >> split_bits; }
+};
+
+// Of tokens and matrices, in shared memory.
+struct Head {
+  uint32_t largest[kMaxTokens];   // magnitude
+  float inverse[kMaxTokens];      // of the power of two that a token was scaled by, times that of the weights
+  float token_scale[kMaxTokens];  // if there is one
+  float global_scale[kMaxMatrices];
+};
+
+// A block's part of a job: row tiles, and of each the same stretches of K.
+struct Run {
+  int first_tile, tiles, first_stretch, stretches;
+
+  __device__ Run(const Gemv& p, const Job& job, int cluster, int rank) {
+    first_tile = job.first_tile + cluster * job.each + min(cluster, job.more);
+    tiles = job.each + (cluster < job.more);
+    const int all = p.stretches();
+    first_stretch = (all * rank) >> p.split_bits;
+    stretches = ((all * (rank + 1)) >> p.split_bits) - first_stretch;
+  }
+};
+
+__device__ inline const Job& job_of_block(const Gemv& p) {
+  int j = 0;
+  while (j + 1 < p.jobs && int(blockIdx.x >> p.split_bits) >= p.job[j + 1].first_cluster) ++j;
+  return p.job[j];
+}
+__device__ inline const Matrix& matrix_of(const Gemv& p, const Job& job, int tile) {
+  int m = job.first_matrix;
+  for (int left = job.matrices - 1; left > 0 && tile >= p.matrix[m + 1].first_tile; --left) ++m;
+  return p.matrix[m];
+}
+// The scale of the FP8 unit of 128 columns with this number, counted from the matrix's first column.
+__device__ inline float block_scale_of(const Gemv& p, const Matrix& m, int tile, int unit) {
+  constexpr int kColumns = unit_columns(Kind::fp8);
+  const int blocks = int(ceil_div(p.columns, kColumns));
+  const int row = (tile - m.first_tile) / (kColumns / kUnitRows);
+  return read_block_scale(m.scales, m.e8m0, row * blocks + min(unit, blocks - 1));
+}
+
+inline int64_t tile_bytes(Kind kind, int columns) {
+  const int64_t units = ceil_div(columns, unit_columns(kind));
+  return units * (is_packed(kind) ? unit_bytes(kind) : kPieces * kPieceBytes);
+}
+
+// Divides `clusters` among the jobs so that the one that ends last ends early; the bytes that its clusters then read.
+inline int64_t divide(Gemv& p, int clusters) {
+  auto bytes_of = [&](const Job& job) { return job.most_tiles() * tile_bytes(job.kind, p.columns); };
+  for (int j = 0; j < p.jobs; ++j) p.job[j].clusters = 1;
+  auto slowest = [&] {
+    int found = 0;
+    for (int j = 1; j < p.jobs; ++j) found = bytes_of(p.job[j]) > bytes_of(p.job[found]) ? j : found;
+    return found;
+  };
+  for (int left = clusters - p.jobs; left > 0; --left) {
+    Job& job = p.job[slowest()];
+    if (job.clusters == job.tiles) break;
+    ++job.clusters;
+  }
+  for (int j = 0, first = 0; j < p.jobs; first += p.job[j++].clusters) p.job[j].first_cluster = first;
+  for (int j = 0; j < p.jobs; ++j) {
+    Job& job = p.job[j];
+    job.each = job.tiles / job.clusters;
+    job.more = job.tiles % job.clusters;
+  }
+  return bytes_of(p.job[slowest()]);
+}
+
+inline int64_t blocks_of(const Gemv& p) {
+  const Job& last = p.job[p.jobs - 1];
+  return int64_t(last.first_cluster + last.clusters) * p.splits();
+}
+
+// `first` .. + `count` - 1 of the tokens as a call of its own.
+inline Gemv part_of(const Gemv& p, int first, int count) {
+  Gemv part = p;
+  part.tokens = count;
+  part.x += first * p.x_stride;
+  if (p.token_scale != nullptr) part.token_scale += first;
+  for (int i = 0; i < p.matrices; ++i) {
+    Matrix& m = part.matrix[i];
+    m.out = static_cast<char*>(m.out) + first * m.stride * (m.out_f32 ? sizeof(float) : sizeof(bf16));
+  }
+  return part;
+}
+
+// `start(constant)` of a format.
+template <Kind kKind>
+struct KindConstant {
+  static constexpr Kind value = kKind;
+};
+template <class Start>
+cudaError_t for_kind(Kind kind, const Start& start) {
+  switch (kind) {
+    case Kind::nvfp4: return start(KindConstant<Kind::nvfp4>());
+    case Kind::mxfp4: return start(KindConstant<Kind::mxfp4>());
+    case Kind::fp8: return start(KindConstant<Kind::fp8>());
+    case Kind::bf16: return start(KindConstant<Kind::bf16>());
+  }
+  return cudaErrorInvalidValue;
+}
+
+// 9 to 32 tokens (gemv_mma_many.cu).
+cudaError_t start_many(const Gemv& p, cudaStream_t stream);
+
+}  // namespace gemv
+}  // namespace dsv4
