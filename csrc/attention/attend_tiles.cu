@@ -8,9 +8,9 @@
 //
 // Eight warps, two groups of heads x four groups of columns. In S the columns are the tile's entries, each warp a
 // quarter of them; in O they are the 512 of a row, each warp 128: 128 sums a lane. Between the two, row maxima and P in
-// bf16 pass through shared memory. The softmax is the online one in fp32, the sink its first element, which is why the
-// shift is never below it; sums are kept a lane's own until the end, and then added in a fixed order. The query that
-// attends to most is the last one: blocks begin with it.
+// bf16 pass through shared memory. The softmax is the online one in fp32, shifted by no less than the sink, so that no
+// power overflows; sums are kept a lane's own until the end, and then added in a fixed order. The query that attends to
+// most is the last one: blocks begin with it.
 //
 // 4 H 512 n operations of a query with H heads and n rows; 84 MFLOP for 64 x 640 and 128 KB of q and out from memory,
 // 640 KB of rows from the L2 cache. What binds is shared memory, per 64 heads x 64 rows 384 KB for S and 128 KB for O
@@ -127,7 +127,8 @@ __device__ inline void multiply_scores(float (&s)[S::kRowTiles][S::kScoreTiles][
         if (S::kScoreTiles == 2) {
           uint32_t four[4];
           load_matrices(four, (k_at ^ step) + block);
-          b[2 * half][0] = four[0], b[2 * half][1] = four[1], b[2 * half + 1][0] = four[2], b[2 * half + 1][1] = four[3];
+          b[2 * half][0] = four[0], b[2 * half][1] = four[1];
+          b[2 * half + 1][0] = four[2], b[2 * half + 1][1] = four[3];
         }
 #pragma unroll
         for (int m = 0; m < S::kRowTiles; ++m) {
@@ -297,7 +298,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_tiles_kernel(const __grid_
 #pragma unroll
       for (int k = 0; k < kColumnGroups; ++k) total += maxima[k * S::kRows + row];
       factor[r] = 1.0f / total;
-      to[r] = head < c.heads ? c.out + (int64_t(token) * c.heads + head) * kWidth + p.column_group * 8 * kTiles : nullptr;
+      bf16* first = c.out + (int64_t(token) * c.heads + head) * kWidth + p.column_group * 8 * kTiles;
+      to[r] = head < c.heads ? first : nullptr;
     }
     store_output<kTiles>(o[m], factor, to, p.column_group == kColumnGroups - 1 ? angles : nullptr);
   }

@@ -10,17 +10,18 @@
 // the list's end are filled with zeros and never read.
 //
 // The other two compute. S = Q K^T of a tile, 64 heads x 64 entries, is divided by entries, 32 each. Row maxima are
-// exchanged, then P in bf16, through shared memory; O += P V is divided by columns, 256 each, 128 sums a thread. As keys
-// are values, V is the same tile, its rows now those of K (mn_major). The softmax is the online one in fp32, shifted by
-// no less than the sink; sums are kept a lane's own until the end, and then added in a fixed order. Neighbouring blocks
-// compute neighbouring queries, whose windows are nearly the same rows of the L2 cache, and begin with the last ones,
-// which attend to most.
+// exchanged, then P in bf16, through shared memory; O += P V is divided by columns, 256 each, 128 sums a thread. V is
+// the same tile, as keys are values, its rows now those of K (mn_major). The softmax is the online one in fp32, shifted
+// by no less than the sink; sums are kept a lane's own until the end, and then added in a fixed order. Neighbouring
+// blocks compute neighbouring queries, whose windows are nearly the same rows of the L2 cache, and begin with the last
+// ones, which attend to most.
 //
 // 4 H 512 n operations of a query with H heads and n rows: 84 MFLOP for 64 x 640 against 128 KB of q and out from
 // memory and 640 KB of rows from the L2 cache. Per tile the tensor cores need 2,048 cycles. Shared memory, at 128 bytes
 // a cycle, is as busy: 1,536 for S, of which q is read anew by both warpgroups, 640 for O and 512 to fill the tile. S,
 // softmax and O follow each other, about 3,400 cycles or 1.9 us for 8.4 MFLOP: at most 570 TFLOPS on an H200. Expected:
 // 450 for 640 rows and 300 for 160, where a third of an item's time is its beginning and end.
+// sass 90a attend_wgmma_kernel: HGMMA.64x32x16.F32.BF16, HGMMA.64x256x16.F32.BF16, ARRIVES.LDGSTSBAR
 #include "attention/prefill.cuh"
 #include "common/barrier.cuh"
 #include "common/launch.cuh"
@@ -225,8 +226,9 @@ __device__ inline void finish_item(const float (&o)[128], const Softmax& softmax
 // What the first two warpgroups do.
 __device__ inline void compute_items(const Chunk& c, int head_tiles, uint8_t* memory) {
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory));
-  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kGroup;
-  const int row = threadIdx.x / kWarp % 4 * 16 + lane / 4;
+  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp % 4 * 16 + lane / 4;
+  // Taken from one lane, so that the compiler knows it to be the same for all, and with it descriptors.
+  const int group = __shfl_sync(kFullMask, int(threadIdx.x / kGroup), 0);
   const uint64_t probs = k_major(shared + kProbsAt);
   int used = 0;    // tiles so far
   int parity = 0;  // of the item's number

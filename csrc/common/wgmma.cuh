@@ -67,11 +67,7 @@ __device__ inline void sync_threads_of(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Arrive at a barrier in shared memory (common/barrier.cuh); what this thread wrote before is visible behind a wait.
-__device__ inline void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrive once all cp.async of this thread so far are done.
+// Arrive at a barrier in shared memory (common/barrier.cuh) once all cp.async of this thread so far are done.
 __device__ inline void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }

@@ -6,11 +6,11 @@ the cache as they are stored, and positions on the device alone. ``attend`` is f
 
 from torch import Tensor
 
-from dsv4.ops.attention import reference
+from dsv4.ops.attention import prefill, reference
 from dsv4.ops.dispatch import op
 
 
-@op(reference.attend)
+@op(reference.attend, kernel=True)
 def attend(
     q: Tensor,
     window_kv: Tensor,
@@ -34,6 +34,17 @@ def attend(
     once, behind the inverse RoPE of the last Dr values by positions[t] (positions [T] i64, inv_freq [Dr/2]
     f32). Source: docs/model.md 2.7, 2.10.
     """
+    return prefill.run(
+        q,
+        window_kv,
+        sink,
+        positions,
+        inv_freq,
+        window=window,
+        compressed=compressed,
+        visible=visible,
+        selected=selected,
+    )
 
 
 @op(reference.attend_step)
