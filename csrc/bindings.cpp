@@ -204,6 +204,8 @@ struct OperationOf<launcher> {
   OP(group_by_expert, "(Tensor chosen, Tensor(a!) offset, Tensor(b!) order, Tensor(c!) place, int pairs, int experts) -> ()") \
   OP(swiglu_pairs, "(Tensor gate, Tensor up, Tensor? routing, Tensor? order, Tensor(a!) h, int pairs, int width, float limit) -> ()") \
   OP(sum_slots, "(Tensor down, Tensor place, Tensor? shared, Tensor(a!) out, int tokens, int slots, int width) -> ()") \
+  OP(attend_step, "(Tensor q, Tensor window_rows, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? selected, Tensor(a!) out, int tokens, int heads, int window, int ring, int entries, int ratio, int top_k, int splits) -> ()") \
+  OP(attend_f32, "(Tensor q, Tensor window_rows, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int rows, int window, int entries, int ratio, int top_k, bool ring) -> ()") \
   OP(attend_tiles, "(Tensor q, Tensor window_kv, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int before, int window, int entries, int top_k, bool small) -> ()") \
   OP(attend_wgmma, "(Tensor q, Tensor window_kv, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int before, int window, int entries, int top_k) -> ()") \
   OP(sample_largest, "(Tensor logits, Tensor(a!) out, int vocab) -> ()") \

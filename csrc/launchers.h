@@ -177,6 +177,19 @@ cudaError_t swiglu_pairs(const float* gate, const float* up, Maybe<const float> 
 cudaError_t sum_slots(const float* down, const int32_t* place, Maybe<const float> shared, Out out, int64_t tokens,
                       int64_t slots, int64_t width, cudaStream_t stream);
 
+// room attention, up to 8 tokens. Window rows and entries are KV records (u8), or plain rows of q's dtype. `ring` and `entries`
+// are the rows of the tables; of compressed, either the entries below (position + 1) / ratio or selected[t]. bf16, heads of
+// 512 values; `splits` blocks, 8 or 16, divide a query's rows, 0: chosen by the sizes.
+cudaError_t attend_step(In q, In window_rows, const float* sink, const int64_t* positions, const float* inv_freq,
+                        MaybeIn compressed, Maybe<const int32_t> selected, Out out, int64_t tokens, int64_t heads,
+                        int64_t window, int64_t ring, int64_t entries, int64_t ratio, int64_t top_k, int64_t splits,
+                        cudaStream_t stream);
+// Both in f32; `ring`: position p stands in row p mod rows, otherwise the last row is the last query's own.
+cudaError_t attend_f32(const float* q, const float* window_rows, const float* sink, const int64_t* positions,
+                       const float* inv_freq, Maybe<const float> compressed, Maybe<const int64_t> visible,
+                       Maybe<const int32_t> selected, float* out, int64_t tokens, int64_t heads, int64_t rows,
+                       int64_t window, int64_t entries, int64_t ratio, int64_t top_k, bool ring, cudaStream_t stream);
+
 // room attention, prefill: bf16, heads of 512 values. Of compressed, either all entries below visible[t] or selected[t].
 cudaError_t attend_tiles(In q, In window_kv, const float* sink, const int64_t* positions, const float* inv_freq,
                          MaybeIn compressed, Maybe<const int64_t> visible, Maybe<const int32_t> selected, Out out,

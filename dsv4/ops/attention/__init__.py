@@ -4,9 +4,10 @@
 the cache as they are stored, and positions on the device alone. ``attend`` is for longer chunks: plain rows.
 """
 
+import torch
 from torch import Tensor
 
-from dsv4.ops.attention import prefill, reference
+from dsv4.ops.attention import prefill, reference, step
 from dsv4.ops.dispatch import op
 
 
@@ -34,7 +35,8 @@ def attend(
     once, behind the inverse RoPE of the last Dr values by positions[t] (positions [T] i64, inv_freq [Dr/2]
     f32). Source: docs/model.md 2.7, 2.10.
     """
-    return prefill.run(
+    run = step.run_chunk_f32 if q.dtype == torch.float32 else prefill.run
+    return run(
         q,
         window_kv,
         sink,
@@ -47,7 +49,7 @@ def attend(
     )
 
 
-@op(reference.attend_step)
+@op(reference.attend_step, kernel=True)
 def attend_step(
     q: Tensor,
     window_rows: Tensor,
@@ -70,3 +72,14 @@ def attend_step(
     f32; sums, roundings and the inverse RoPE as for ``attend`` -> [T, H, Dh] in q's dtype. Row t has the bits
     that a call with this query alone gives. Source: docs/model.md 2.7, 2.10, 3.
     """
+    return step.run(
+        q,
+        window_rows,
+        sink,
+        positions,
+        inv_freq,
+        window=window,
+        compressed=compressed,
+        ratio=ratio,
+        selected=selected,
+    )
