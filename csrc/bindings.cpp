@@ -168,6 +168,7 @@ struct OperationOf<launcher> {
 // clang-format off
 #define DSV4_OPERATIONS(OP) \
   OP(compress_kv, "(Tensor kv, Tensor gate, Tensor ape, Tensor(a!) tail_kv, Tensor(b!) tail_gate, Tensor norm, Tensor inv_freq, Tensor(c!) out, int tokens, int ratio, int width, int rotary, int start, bool overlap, float eps) -> ()") \
+  OP(compress_step, "(Tensor kv, Tensor gate, Tensor ape, Tensor(a!) tail_kv, Tensor(b!) tail_gate, Tensor norm, Tensor inv_freq, Tensor positions, Tensor(c!) out, Tensor(d!) slots, int tokens, int entries, int ratio, int width, int rotary, bool overlap, float eps) -> ()") \
   OP(nvfp4_global_scale, "(Tensor x, Tensor(a!) out, int rows, int width, float divisor) -> ()") \
   OP(quantize_nvfp4, "(Tensor x, Tensor global_scale, Tensor(a!) codes, Tensor(b!) scales, int rows, int width, bool per_row) -> ()") \
   OP(quantize_nvfp4_tokens, "(Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) global_scale, int rows, int width) -> ()") \
@@ -177,6 +178,8 @@ struct OperationOf<launcher> {
   OP(round_kv, "(Tensor kv, Tensor(a!) out, int rows, int width, int rope_dim, int block) -> ()") \
   OP(rotate_hadamard, "(Tensor x, Tensor(a!) out, int rows, int width, float factor) -> ()") \
   OP(round_index, "(Tensor x, Tensor(a!) out, int rows, int width, float factor) -> ()") \
+  OP(store_rows, "(Tensor x, Tensor(a!) table, Tensor slots, int count, int width, int rows, int row_width) -> ()") \
+  OP(load_rows, "(Tensor table, Tensor(a!) out, int count) -> ()") \
   OP(pack_weight, "(Tensor codes, Tensor scales, Tensor(a!) data, int rows, int columns) -> ()") \
   OP(unpack_weight, "(Tensor data, Tensor(a!) codes, Tensor(b!) scales, int rows, int columns) -> ()") \
   OP(apply_rope, "(Tensor x, Tensor positions, Tensor inv_freq, Tensor(a!) out, int tokens, int heads, int width, int pairs, bool inverse) -> ()") \
@@ -201,6 +204,10 @@ struct OperationOf<launcher> {
   OP(group_by_expert, "(Tensor chosen, Tensor(a!) offset, Tensor(b!) order, Tensor(c!) place, int pairs, int experts) -> ()") \
   OP(swiglu_pairs, "(Tensor gate, Tensor up, Tensor? routing, Tensor? order, Tensor(a!) h, int pairs, int width, float limit) -> ()") \
   OP(sum_slots, "(Tensor down, Tensor place, Tensor? shared, Tensor(a!) out, int tokens, int slots, int width) -> ()") \
+  OP(attend_step, "(Tensor q, Tensor window_rows, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? selected, Tensor(a!) out, int tokens, int heads, int window, int ring, int entries, int ratio, int top_k, int splits) -> ()") \
+  OP(attend_f32, "(Tensor q, Tensor window_rows, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int rows, int window, int entries, int ratio, int top_k, bool ring) -> ()") \
+  OP(attend_tiles, "(Tensor q, Tensor window_kv, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int before, int window, int entries, int top_k, bool small) -> ()") \
+  OP(attend_wgmma, "(Tensor q, Tensor window_kv, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int before, int window, int entries, int top_k) -> ()") \
   OP(sample_largest, "(Tensor logits, Tensor(a!) out, int vocab) -> ()") \
   OP(argmax_head, "(Tensor x, Tensor w, Tensor codes, Tensor scale, Tensor error, Tensor norm, Tensor(a!) upper, Tensor(b!) out, int vocab, int width, int padded) -> ()") \
   OP(sample_ranked, "(Tensor ranked, Tensor ids, Tensor(a!) out, int vocab, float temperature, int top_k, float top_p, float min_p, int seed, int position) -> ()") \

@@ -70,6 +70,12 @@ cudaError_t compress_kv(const float* kv, const float* gate, const float* ape, fl
                         const float* norm, const float* inv_freq, Out out, int64_t tokens, int64_t ratio, int64_t width,
                         int64_t rotary, int64_t start, bool overlap, double eps, cudaStream_t stream);
 
+// Entries that are not completed are left out of `out` and have -1 in `slots`.
+cudaError_t compress_step(const float* kv, const float* gate, const float* ape, float* tail_kv, float* tail_gate,
+                          const float* norm, const float* inv_freq, const int64_t* positions, Out out, int64_t* slots,
+                          int64_t tokens, int64_t entries, int64_t ratio, int64_t width, int64_t rotary, bool overlap,
+                          double eps, cudaStream_t stream);
+
 // room embed
 cudaError_t embed_streams(const int64_t* token_ids, In table, Out out, int64_t tokens, int64_t width,
                           int64_t num_streams, cudaStream_t stream);
@@ -112,6 +118,11 @@ cudaError_t round_kv(In kv, Out out, int64_t rows, int64_t width, int64_t rope_d
                      cudaStream_t stream);
 cudaError_t rotate_hadamard(In x, Out out, int64_t rows, int64_t width, double factor, cudaStream_t stream);
 cudaError_t round_index(In x, Out out, int64_t rows, int64_t width, double factor, cudaStream_t stream);
+
+// room rows. Row t of x, `width` values, goes into row slots[t] mod `rows` of the table, of `row_width` elements each.
+cudaError_t store_rows(In x, Out table, const int64_t* slots, int64_t count, int64_t width, int64_t rows,
+                       int64_t row_width, cudaStream_t stream);
+cudaError_t load_rows(const uint8_t* table, Out out, int64_t count, cudaStream_t stream);
 
 // room pack
 cudaError_t pack_weight(const uint8_t* codes, In scales, uint8_t* data, int64_t rows, int64_t columns,
@@ -165,6 +176,29 @@ cudaError_t swiglu_pairs(const float* gate, const float* up, Maybe<const float> 
 // out[t] = sum over slots of down[place[t * slots + slot]], then shared[t]; fp32, rounded once.
 cudaError_t sum_slots(const float* down, const int32_t* place, Maybe<const float> shared, Out out, int64_t tokens,
                       int64_t slots, int64_t width, cudaStream_t stream);
+
+// room attention, up to 8 tokens. Window rows and entries are KV records (u8), or plain rows of q's dtype. `ring` and `entries`
+// are the rows of the tables; of compressed, either the entries below (position + 1) / ratio or selected[t]. bf16, heads of
+// 512 values; `splits` blocks, 8 or 16, divide a query's rows, 0: chosen by the sizes.
+cudaError_t attend_step(In q, In window_rows, const float* sink, const int64_t* positions, const float* inv_freq,
+                        MaybeIn compressed, Maybe<const int32_t> selected, Out out, int64_t tokens, int64_t heads,
+                        int64_t window, int64_t ring, int64_t entries, int64_t ratio, int64_t top_k, int64_t splits,
+                        cudaStream_t stream);
+// Both in f32; `ring`: position p stands in row p mod rows, otherwise the last row is the last query's own.
+cudaError_t attend_f32(const float* q, const float* window_rows, const float* sink, const int64_t* positions,
+                       const float* inv_freq, Maybe<const float> compressed, Maybe<const int64_t> visible,
+                       Maybe<const int32_t> selected, float* out, int64_t tokens, int64_t heads, int64_t rows,
+                       int64_t window, int64_t entries, int64_t ratio, int64_t top_k, bool ring, cudaStream_t stream);
+
+// room attention, prefill: bf16, heads of 512 values. Of compressed, either all entries below visible[t] or selected[t].
+cudaError_t attend_tiles(In q, In window_kv, const float* sink, const int64_t* positions, const float* inv_freq,
+                         MaybeIn compressed, Maybe<const int64_t> visible, Maybe<const int32_t> selected, Out out,
+                         int64_t tokens, int64_t heads, int64_t before, int64_t window, int64_t entries, int64_t top_k,
+                         bool small, cudaStream_t stream);
+cudaError_t attend_wgmma(In q, In window_kv, const float* sink, const int64_t* positions, const float* inv_freq,
+                         MaybeIn compressed, Maybe<const int64_t> visible, Maybe<const int32_t> selected, Out out,
+                         int64_t tokens, int64_t heads, int64_t before, int64_t window, int64_t entries, int64_t top_k,
+                         cudaStream_t stream);
 
 // benchmarks
 cudaError_t read_stream(const float* x, float* out, int64_t vectors, int64_t blocks, cudaStream_t stream);

@@ -18,6 +18,7 @@ from dsv4.loading.checkpoint import Checkpoint
 from dsv4.model import Transformer
 from dsv4.numerics import Numerics
 from dsv4.ops.dispatch import expand_rooms, use_reference
+from dsv4.ops.formats import INDEX_CODES, KV_CODES, KV_ROPE
 from dsv4.ops.sampling import sample_token
 from dsv4.plan import CACHE_DEQUANTISED_MB, make_plan
 from dsv4.progress import Progress
@@ -370,7 +371,7 @@ def _require_index_blocks(config: ModelConfig) -> None:
 
 def _require_kernel_shapes(config: ModelConfig) -> None:
     """The sizes that the CUDA kernels take; everything else about shapes is an argument of theirs."""
-    index_width = config.index_head_dim
+    index_width, has_indexer = config.index_head_dim, CSA_RATIO in config.compress_ratios
     hidden = config.hidden_size
     rules = (
         ("hc_mult", config.num_streams, lambda n: n == 4, "4"),
@@ -378,8 +379,9 @@ def _require_kernel_shapes(config: ModelConfig) -> None:
         ("moe_intermediate_size", config.expert_width, lambda n: n % 256 == 0, "a multiple of 256"),
         ("n_routed_experts", config.num_experts, lambda n: n <= 512, "at most 512"),
         ("o_groups", config.o_groups, lambda n: n <= 16, "at most 16"),
-        ("head_dim", config.head_dim, lambda n: n % 8 == 0, "a multiple of 8"),
-        ("index_head_dim", index_width, lambda n: n % 8 == 0 and n <= 256, "a multiple of 8 up to 256"),
+        ("head_dim", config.head_dim, lambda n: n == KV_CODES + KV_ROPE, "512"),
+        ("qk_rope_head_dim", config.rope_dim, lambda n: n == KV_ROPE, "64"),
+        ("index_head_dim", index_width, lambda n: not has_indexer or n == INDEX_CODES, "128"),
     )
     for name, found, holds, expected in rules:
         if not holds(found):

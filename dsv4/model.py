@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dsv4.cache import SequenceCache
-from dsv4.config import ModelConfig
+from dsv4.cache import RowFormat, SequenceCache
+from dsv4.config import WINDOW_ONLY, ModelConfig
 from dsv4.layers.block import Block, run_blocks
 from dsv4.layers.mhc import HyperHead
 from dsv4.layers.mtp import MtpBlock
@@ -30,6 +30,7 @@ class Transformer:
     ) -> None:
         self.config = config
         self.dtype = numerics.torch_dtype
+        self.numerics = numerics
         self.activations = numerics.activations
         self.embed = trunk.tensor("embed")
         self.norm = trunk.tensor("norm")
@@ -45,21 +46,20 @@ class Transformer:
 
     def new_cache(self, max_context: int) -> SequenceCache:
         """Buffers for one sequence of at most ``max_context`` tokens."""
-        return SequenceCache(
-            self.config,
-            self.config.compress_ratios,
-            max_context=max_context,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return self._cache(self.config.compress_ratios, max_context)
 
     def new_draft_cache(self, max_context: int) -> SequenceCache:
         """The MTP block's own buffers for one sequence."""
-        return SequenceCache(self.config, (0,), max_context=max_context, dtype=self.dtype, device=self.device)
+        return self._cache((WINDOW_ONLY,), max_context)
+
+    def _cache(self, ratios: tuple[int, ...], max_context: int) -> SequenceCache:
+        form = RowFormat.of(self.config, self.numerics, self.device)
+        return SequenceCache(self.config, ratios, max_context=max_context, form=form, device=self.device)
 
     def forward(self, token_ids: Tensor, cache: SequenceCache) -> Tensor:
         """The streams [T, M, D] after the last block for token_ids [T], which continue ``cache``."""
         start, tokens = cache.position, token_ids.shape[0]
+        cache.require(tokens)
         positions = torch.arange(start, start + tokens, device=token_ids.device)
         x = embed_streams(token_ids, self.embed, num_streams=self.config.num_streams, dtype=self.dtype)
         x = run_blocks(x, self.blocks, token_ids, positions, cache.layers, start)
@@ -93,6 +93,7 @@ class Transformer:
         """
         assert self.mtp is not None, "loaded without the MTP block"
         start, tokens = cache.position, next_ids.shape[0]
+        cache.require(tokens)
         positions = torch.arange(start, start + tokens, device=next_ids.device)
         embedding = self.embed[next_ids].to(self.dtype)
         x, z = self.mtp.forward(x, embedding, next_ids, positions, cache.layers[0], start)

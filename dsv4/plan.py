@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv4.cache import SequenceCache
-from dsv4.config import ModelConfig
+from dsv4.cache import RowFormat, SequenceCache
+from dsv4.config import WINDOW_ONLY, ModelConfig
 from dsv4.device import free_bytes
 from dsv4.loading.checkpoint import Checkpoint
 from dsv4.loading.repack import is_packed, padding_bytes
@@ -94,32 +94,28 @@ def make_plan(
     if screen_head:
         _require_screen(checkpoint, numerics, device)
         rows.append(PlanRow(SCREEN, "int8", place, _screen_bytes(*checkpoint.stored["head"].slot.shape)))
-    fixed, per_token = cache_bytes(config, numerics.torch_dtype)
-    if checkpoint.mtp:
-        fixed += config.window * config.head_dim * numerics.torch_dtype.itemsize
-    rows.append(PlanRow(KV_CACHE, numerics.dtype, place, fixed + round(per_token * max_context)))
+    form = RowFormat.of(config, numerics, device)
+    state = cache_bytes(config, form, max_context, mtp=checkpoint.mtp)
+    rows.append(PlanRow(KV_CACHE, form.name, place, state))
+    per_token = (cache_bytes(config, form, 1 << 20) - cache_bytes(config, form, 1 << 19)) / (1 << 19)
     if place == "cpu":
         rows.append(PlanRow(MATRIX_CACHE, "f32", place, cache_dequantised_mb << 20))
     return Plan(
         rows=tuple(rows),
         max_context=max_context,
         context_limit=config.max_context,
-        fixed_bytes=fixed,
+        fixed_bytes=max(0, round(state - per_token * max_context)),
         bytes_per_token=per_token,
         free=free_bytes(device),
         skipped=checkpoint.skipped,
     )
 
 
-def cache_bytes(config: ModelConfig, dtype: torch.dtype) -> tuple[int, float]:
-    """Bytes of a sequence's state: what is fixed, and what each token of context adds."""
-    small, large = 1 << 14, 1 << 15
-    sizes = [
-        SequenceCache(config, config.compress_ratios, max_context=n, dtype=dtype, device="meta").nbytes()
-        for n in (small, large)
-    ]
-    per_token = (sizes[1] - sizes[0]) / (large - small)
-    return round(sizes[0] - per_token * small), per_token
+def cache_bytes(config: ModelConfig, form: RowFormat, max_context: int, *, mtp: bool = False) -> int:
+    """Bytes of a sequence's state for so many tokens, with ``mtp`` that of the drafting block as well."""
+    stacks = [config.compress_ratios, (WINDOW_ONLY,)] if mtp else [config.compress_ratios]
+    facts = {"max_context": max_context, "form": form, "device": "meta"}
+    return sum(SequenceCache(config, ratios, **facts).nbytes() for ratios in stacks)
 
 
 _COMPONENTS = (

@@ -1,9 +1,10 @@
 """What the kernels of a built library compiled to: `python -m dsv4.build --check-sass`.
 
 A line `// sass <kernel>: A, B` of a .cu file promises that every instance of <kernel> has an instruction that
-begins with A and one that begins with B: those that its design stands on. No kernel may use local memory
-(spilled registers, arrays on a stack), and none may sum floating-point numbers in memory, where the order and
-with it the bits would change from run to run.
+begins with A and one that begins with B: those that its design stands on. `// sass 90a <kernel>: A, B`
+promises it of that architecture's library alone. No kernel may use local memory (spilled registers, arrays on
+a stack), and none may sum floating-point numbers in memory, where the order and with it the bits would change
+from run to run.
 """
 
 import re
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from dsv4 import build
 
 COMMENT = re.compile(r"^\s*//\s*sass\b.*$", re.MULTILINE)
-PROMISE = re.compile(r"// sass (\w+): ([A-Z][\w.]*(?:, [A-Z][\w.]*)*)")
+PROMISE = re.compile(r"// sass (?:(\d+a) )?(\w+): ([A-Z][\w.]*(?:, [A-Z][\w.]*)*)")
 FUNCTION = re.compile(r"\s*Function : (\S+)")
 # The opcode of an instruction, after its address and predicate.
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
@@ -36,6 +37,7 @@ class Promise(NamedTuple):
     file: str
     kernel: str
     opcodes: tuple[str, ...]
+    arch: str | None = None  # the only one that it is of, or None for all
 
 
 def read_promises(csrc: Path) -> list[Promise]:
@@ -47,7 +49,7 @@ def read_promises(csrc: Path) -> list[Promise]:
             promise = PROMISE.fullmatch(line.rstrip())
             if promise is None:
                 raise ValueError(f"{file}: expected `// sass <kernel>: A, B`, found {line.strip()!r}")
-            found.append(Promise(file, promise[1], tuple(promise[2].split(", "))))
+            found.append(Promise(file, promise[2], tuple(promise[3].split(", ")), promise[1]))
     return found
 
 
@@ -102,7 +104,7 @@ def check_all(libraries: dict[str, Path]) -> str:
 
 def check(library: Path, arch: str) -> str:
     """One line that says what was found right; ``ValueError`` with a line for each fault."""
-    promises = read_promises(build.CSRC)
+    promises = [promise for promise in read_promises(build.CSRC) if promise.arch in (None, arch)]
     ptxas = (library.parent / build.PTXAS_REPORT).read_text(encoding="utf-8")
     kernels = read_opcodes(disassemble(library))
     faults = list(find_faults(kernels, promises, ptxas))

@@ -20,6 +20,7 @@ from dsv4.config import CSA_RATIO
 from dsv4.engine import Engine
 from dsv4.layers import attention, indexer, moe
 from dsv4.layers.rope import inverse_frequencies
+from dsv4.ops.attention import reference as attention_reference
 from dsv4.ops.compressor import reference as pool_reference
 from dsv4.ops.formats import Nvfp4, Weight, stored
 from dsv4.ops.gemm import linear
@@ -115,7 +116,7 @@ def see(later: int) -> Inject:
     def visible(a: Arguments) -> Tensor | None:
         return None if a["visible"] is None else a["visible"] - later
 
-    return both(edit(attention, "attend", visible=visible), edit(indexer, "select_topk", visible=visible))
+    return both(edit(attention, "attend", visible=visible), edit(indexer, "choose_entries", visible=visible))
 
 
 def weigh_by_latent(engine: Engine, monkeypatch: MonkeyPatch) -> None:
@@ -126,14 +127,18 @@ def weigh_by_latent(engine: Engine, monkeypatch: MonkeyPatch) -> None:
         latents.append(original(*args, **rest))
         return latents[-1]
 
-    def scores(
-        matrix: Weight, original: Callable[..., Tensor], q: Tensor, _: Tensor, *rest: Tensor
-    ) -> Tensor:
-        return original(q, linear(latents[-1], matrix), *rest)
+    def queries(
+        matrix: Weight, original: Callable[..., Any], q: Tensor, _: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return original(q, linear(latents[-1], matrix), positions)
 
     wrap(attention, "rms_norm", norm)(engine, monkeypatch)
     for layer in indexers(engine):
-        wrap(layer, "scores", partial(scores, layer.weights_proj))(engine, monkeypatch)
+        wrap(layer, "queries", partial(queries, layer.weights_proj))(engine, monkeypatch)
+
+
+def score_without_relu(_: Any, q: Tensor, keys: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
+    return torch.einsum("th,thd,cd->tc", weights, q, keys)
 
 
 def interleave_heads(a: Arguments, heads: int = 4) -> Tensor:
@@ -151,8 +156,8 @@ def rotate_halves(original: Callable[..., Tensor], x: Tensor, *args: Any, **rest
 
 
 def attention_ropes(engine: Engine) -> list[Any]:
-    """Where the attention layers' rotations are found: their own, and those that follow a norm."""
-    return [attention, rope_reference]
+    """Where the attention layers' rotations are found: of their output, and those that follow a norm."""
+    return [attention_reference, rope_reference]
 
 
 def rotate_only_queries(
@@ -185,8 +190,6 @@ def keep_tails(engine: Engine, monkeypatch: MonkeyPatch) -> None:
 
     def reset(cache: SequenceCache) -> None:
         cache.position = 0
-        for state in (state for layer in cache.layers for state in layer.compressors):
-            state.entries.count = 0
 
     engine.logits(list(range(2, 25)))
     monkeypatch.setattr(SequenceCache, "reset", reset)

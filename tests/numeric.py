@@ -130,6 +130,29 @@ def assert_gemm(actual: Tensor, want: Tensor, case: str, share: float = 1e-3) ->
         assert difference < 2e-6, f"{case}: calc_diff {difference:.3e}, expected less than 2e-6"
 
 
+def assert_attention(actual: Tensor, want: Tensor, case: str) -> None:
+    """Outputs [.., H, Dh] of attention: an element may differ by 1e-3 and 2.01/128 of itself, the whole by an
+    angle of 1 - cos < 5e-6."""
+    assert_layout(actual, want.to(actual.dtype), case)
+    if actual.numel() == 0:
+        return
+    x, y = actual.double(), want.to(actual.device).double()
+    assert torch.equal(x.isfinite(), y.isfinite()), f"{case}: NaN or infinity where the reference has none"
+    excess = (x - y).abs() - (1e-3 + 2.01 / 128 * y.abs())
+    count = int((excess > 0).sum())
+    if count:
+        at = (excess > 0).nonzero()
+        first, worst = at[0].tolist(), int(excess.argmax())
+        touched = [len(at[:, dim].unique()) for dim in range(at.shape[1])]
+        raise AssertionError(
+            f"{case}: {count} of {excess.numel()} elements differ by more than 1e-3 and 2.01/128, first at "
+            f"{first}, at {touched} indices of each dimension; worst: expected {y.flatten()[worst]}, found "
+            f"{x.flatten()[worst]}"
+        )
+    cosine = float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-300))
+    assert 1 - cosine < 5e-6, f"{case}: 1 - cosine {1 - cosine:.3e}, expected less than 5e-6"
+
+
 def assert_reproducible(call: Callable[[], Tensor | tuple[Tensor, ...]], case: str) -> None:
     """The same call twice, and its replay in a CUDA graph, give the same bits."""
     first = _tensors(call())

@@ -10,6 +10,7 @@ import torch
 from shapes import FLASH, PRO, TINY
 
 from bench import ops
+from bench.attention_cases import Chunk
 from bench.cases import LARGE, all_cases, compressed_bytes
 from bench.harness import Case, Draw, count_launches, count_sets, gpu_slug, is_met, save, size_of
 from bench.matrix_cases import choices, distinct_experts, experts_bytes
@@ -108,6 +109,14 @@ def test_bytes_of_experts() -> None:
     assert weight_bytes("mxfp4", 2048, 4096) == 2048 * 4096 * 17 // 32
 
 
+def test_operations_of_attention() -> None:
+    """1 to 128 window rows, and an entry of every 4 or 128 tokens, seen by the token that completes it."""
+    csa, hca = Chunk(FLASH, 8192, 0, 4, 512), Chunk(FLASH, 2, 126, 128)
+    assert [csa.attended(position) for position in (0, 3, 127, 128, 8191)] == [1, 5, 160, 160, 640]
+    assert hca.flop == 4 * 64 * 512 * (127 + 129) and hca.before == 126 and hca.entries == 1
+    assert Chunk(FLASH, 1, 9).flop == 4 * 64 * 512 * 10
+
+
 def test_cases_have_names_of_their_own_and_the_targets() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     targets = {(case.op, case.case): case.target for case in CASES if case.target}
@@ -121,6 +130,7 @@ def test_cases_have_names_of_their_own_and_the_targets() -> None:
     assert targets["linear", "8192 x 4096 nvfp4, 1 token"] == "<= 6.9 us"
     assert targets["linear", "129280 x 4096 nvfp4, 1 token"] == "<= 78 us"
     assert targets["linear", "8192 x 4096 nvfp4, 8192 tokens"] == ">= 350 TFLOPS"
+    assert targets["attend", "CSA, Flash, 8192 tokens at 0"] == ">= 350 TFLOPS"
     experts = [case.target for case in CASES if case.room == "moe"]
     assert experts == ["<= 29 us", "<= 32 us", "<= 175 us", "<= 70 us"]
     steps = [case for case in CASES if case.room == "compressor" and str(LARGE) not in case.case]

@@ -8,55 +8,86 @@ import torch
 from checkpoints import random_model, tiny_config_dict
 from torch import Tensor
 
-from dsv4.cache import Rows, SequenceCache, WindowRing
+from dsv4.cache import CompressorState, RowFormat, SequenceCache, WindowRing
 from dsv4.config import ModelConfig
 from dsv4.layers.block import Block
 from dsv4.layers.weights import Weights
 from dsv4.loading.mapping import Slot, layer_slots, trunk_slots
 from dsv4.model import Transformer
 from dsv4.numerics import Numerics
-from dsv4.ops.formats import Plain
+from dsv4.ops.formats import MAX_STEP, Plain
+from dsv4.plan import cache_bytes
 
 CPU = torch.device("cpu")
 
 
+F32 = RowFormat(torch.float32, records=False)
+
+
+def ring_of(window: int, width: int) -> WindowRing:
+    return WindowRing(window, F32.table(window + MAX_STEP - 1, width, CPU))
+
+
 @pytest.mark.parametrize("pieces", [[30], [1] * 30, [7, 1, 8, 9, 5], [0, 3, 27, 0], [8, 8, 8, 6], [29, 1]])
-def test_ring_in_any_pieces(pieces: list[int], normal: Callable[..., Tensor]) -> None:
-    """Each piece gets itself and up to 7 rows before it; position p ends in slot p mod 8."""
-    kv, ring, start = normal(30, 3), WindowRing(8, 3, torch.float32, CPU), 0
+@pytest.mark.parametrize("steps", [False, True])
+def test_ring_in_any_pieces(pieces: list[int], steps: bool, normal: Callable[..., Tensor]) -> None:
+    """Each chunk gets itself and up to 3 rows before it; position p ends in slot p mod 11, of a step too."""
+    kv, ring, start = normal(30, 8), ring_of(4, 8), 0
     for size in pieces:
-        context = ring.extend(kv[start : start + size], start)
-        assert torch.equal(context, kv[max(0, start - 7) : start + size])
+        piece = kv[start : start + size]
+        if steps and size <= MAX_STEP:
+            ring.store(piece, torch.arange(start, start + size))
+        else:
+            assert torch.equal(ring.extend(piece, start), kv[max(0, start - 3) : start + size])
         start += size
-        for position in range(max(0, start - 8), start):
-            assert torch.equal(ring.rows[position % 8], kv[position])
+        for position in range(max(0, start - 11), start):
+            assert torch.equal(ring.rows[position % 11], kv[position])
+
+
+def test_a_step_leaves_the_window_before_it(normal: Callable[..., Tensor]) -> None:
+    """Whatever of 8 tokens is rejected afterwards, the next token finds its window: no copy is needed."""
+    kv, ring = normal(40, 8), ring_of(4, 8)
+    ring.extend(kv[:32], 0)
+    ring.store(kv[32:], torch.arange(32, 40))
+    for position in range(29, 40):
+        assert torch.equal(ring.rows[position % 11], kv[position])
 
 
 def test_ring_contexts_outlive_later_writes(normal: Callable[..., Tensor]) -> None:
-    kv, ring = normal(20, 3), WindowRing(4, 3, torch.float32, CPU)
-    context = ring.extend(kv[:10], 0)
-    ring.extend(kv[10:], 10)
-    assert torch.equal(context, kv[:10])
+    kv, ring = normal(40, 8), ring_of(4, 8)
+    context = ring.extend(kv[:20], 0)
+    ring.extend(kv[20:], 20)
+    assert torch.equal(context, kv[:20])
 
 
 def test_rows_keep_gradients_of_new_entries_only(normal: Callable[..., Tensor]) -> None:
     """The table itself holds plain numbers; what is returned leads back to the entries just added."""
-    table, old, new = Rows(5, 2, torch.float32, CPU), normal(2, 2), normal(3, 2)
-    assert torch.equal(table.append(old.requires_grad_()), old)
-    rows = table.append(new.requires_grad_())
-    assert torch.equal(rows, torch.cat((old, new))) and table.count == 5
-    assert not table.rows.requires_grad
+    state, old, new = CompressorState(8, 2, 40, F32, CPU), normal(2, 2), normal(3, 2)
+    assert torch.equal(state.extend(old.requires_grad_(), 16), old)
+    rows = state.extend(new.requires_grad_(), 41)
+    assert torch.equal(rows, torch.cat((old, new)))
+    assert not state.rows.requires_grad
     (rows * torch.arange(10.0).view(5, 2)).sum().backward()
     assert torch.equal(new.grad, torch.arange(4.0, 10.0).view(3, 2)) and old.grad is None
 
 
 def test_rows_without_gradients_grow_in_place(normal: Callable[..., Tensor]) -> None:
-    table, entries = Rows(4, 2, torch.bfloat16, CPU), normal(4, 2).bfloat16()
+    form = RowFormat(torch.bfloat16, records=False)
+    state, entries = CompressorState(8, 2, 32, form, CPU), normal(4, 2).bfloat16()
     for count in range(1, 5):
-        assert torch.equal(table.append(entries[count - 1 : count]), entries[:count])
-    assert torch.equal(table.append(entries[:0]), entries)
+        rows = state.extend(entries[count - 1 : count], 8 * count)
+        assert torch.equal(rows, entries[:count]) and rows.data_ptr() == state.rows.data_ptr()
+    assert torch.equal(state.extend(entries[:0], 39), entries)
     with pytest.raises(AssertionError, match="5 rows in a table of 4"):
-        table.append(entries[:1])
+        state.extend(entries[:1], 40)
+
+
+def test_more_tokens_than_the_cache_holds(model: Transformer, rng: np.random.Generator) -> None:
+    """A step does not look at its position, so the model does, before it writes."""
+    cache, ids = model.new_cache(20), rng.integers(0, 128, 21)
+    run(model, cache, ids[:20], [20])
+    with pytest.raises(AssertionError, match="21 tokens in a cache of 20"):
+        run(model, cache, ids[20:], [1])
 
 
 def tiny_model(numerics: str) -> Transformer:
@@ -97,7 +128,7 @@ def state_of(cache: SequenceCache) -> list[Tensor]:
 @pytest.mark.parametrize("before", [0, 3, 8, 23, 41])
 def test_restore_continues_bit_for_bit(before: int, model: Transformer, rng: np.random.Generator) -> None:
     """Whatever was fed after the snapshot: entries emitted, windows moved, the whole ring overwritten."""
-    cache, ids, pieces = model.new_cache(80), rng.integers(0, 128, 80), [5, 1, 1, 9]
+    cache, ids, pieces = model.new_cache(90), rng.integers(0, 128, 80), [5, 1, 1, 9]
     if before:
         run(model, cache, ids[:before], [before])
     snapshot = cache.snapshot()
@@ -148,8 +179,7 @@ def test_pieces_leave_the_state_of_one_go(rng: np.random.Generator) -> None:
         for layer, other in zip(cache.layers, whole.layers, strict=True):
             torch.testing.assert_close(layer.window.rows, other.window.rows, rtol=0, atol=1e-4)
             for state, full in zip(layer.compressors, other.compressors, strict=True):
-                assert state.entries.count == full.entries.count
-                torch.testing.assert_close(state.entries.rows, full.entries.rows, rtol=0, atol=1e-4)
+                torch.testing.assert_close(state.rows, full.rows, rtol=0, atol=1e-4)
 
 
 def tensors_of(value: object) -> list[Tensor]:
@@ -166,7 +196,8 @@ def tensors_of(value: object) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_nbytes_is_the_sum_of_all_buffers(dtype: torch.dtype) -> None:
     config = ModelConfig.from_dict(tiny_config_dict())
-    cache = SequenceCache(config, config.compress_ratios, max_context=37, dtype=dtype)
+    form = RowFormat(dtype, records=False)
+    cache = SequenceCache(config, config.compress_ratios, max_context=37, form=form)
     sizes = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(cache)
     }
@@ -178,16 +209,24 @@ FLASH = [0, 0, *[4, 128] * 20, 4]
 PRO = [128, 128, *[4, 128] * 29, 4]
 
 
-@pytest.mark.parametrize(("ratios", "per_token"), [(FLASH, 6880), (PRO, 9848)])
-def test_bytes_of_the_released_models(ratios: list[int], per_token: int) -> None:
-    """In bf16: bytes a token; and fixed, per layer, 128 KiB of window and tails of 80 or 512 KiB."""
+RECORDS, BF16 = RowFormat(torch.bfloat16, records=True), RowFormat(torch.bfloat16, records=False)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "form", "per_token"),
+    [(FLASH, BF16, 6880), (PRO, BF16, 9848), (FLASH, RECORDS, 3557.5), (PRO, RECORDS, 5093.375)],
+)
+def test_bytes_of_the_released_models(ratios: list[int], form: RowFormat, per_token: float) -> None:
+    """Bytes a token; fixed, per layer, a ring of 135 rows and tails of 80 or 512 KiB. 1M tokens of Flash take
+    less than 4.2 GB."""
     raw = tiny_config_dict(num_hidden_layers=len(ratios), compress_ratios=ratios, **REAL_WIDTHS)
     config = ModelConfig.from_dict(raw)
-
-    def nbytes(tokens: int) -> int:
-        facts = {"max_context": tokens, "dtype": torch.bfloat16, "device": "meta"}
-        return SequenceCache(config, config.compress_ratios, **facts).nbytes()
-
-    fixed = {0: 128, 4: 128 + 80, 128: 128 + 512}
-    assert nbytes(0) == sum(fixed[ratio] for ratio in ratios) * 1024
-    assert nbytes(1 << 20) - nbytes(0) == per_token << 20
+    found = RowFormat.of(config, Numerics(dtype="bfloat16"), torch.device("cuda"))
+    assert found == RECORDS
+    row, tokens = (592 if form.records else 1024), 1 << 20
+    fixed = {0: 0, 4: 80 * 1024, 128: 512 * 1024}
+    state = sum(fixed[ratio] + 135 * row for ratio in ratios)
+    assert cache_bytes(config, form, tokens) == state + per_token * tokens
+    drafts = cache_bytes(config, form, tokens, mtp=True) - cache_bytes(config, form, tokens)
+    assert drafts == 135 * row
+    assert ratios != FLASH or not form.records or cache_bytes(config, form, tokens) < 4.2e9

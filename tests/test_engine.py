@@ -145,13 +145,16 @@ def test_sizes_that_the_kernels_do_not_take_are_refused(
 ) -> None:
     """Before a library is looked for; ``--reference all`` needs no kernel."""
     monkeypatch.setattr(dsv4.engine, "resolve_device", lambda name: torch.device("cuda"))
-    taken = RAW | {"hidden_size": 256, "moe_intermediate_size": 256}
+    widths = {"head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
+    taken = RAW | widths | {"hidden_size": 256, "moe_intermediate_size": 256}
     for field, value, expected in (
         ("hc_mult", 2, "4"),
         ("hidden_size", 8448, "a multiple of 256 up to 8192"),
         ("moe_intermediate_size", 384, "a multiple of 256"),
         ("n_routed_experts", 513, "at most 512"),
-        ("index_head_dim", 512, "a multiple of 8 up to 256"),
+        ("head_dim", 256, "512"),
+        ("qk_rope_head_dim", 32, "64"),
+        ("index_head_dim", 64, "128"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(taken | {field: value}))
         words = f"{field}: expected {expected} for the CUDA kernels, found {value}"

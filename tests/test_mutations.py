@@ -30,6 +30,7 @@ from mutations import (
     rotate_halves,
     rotate_only_queries,
     rows_first,
+    score_without_relu,
     see,
     share_scale,
     swap_series,
@@ -48,8 +49,10 @@ from dsv4.config import ModelConfig
 from dsv4.engine import Engine, load
 from dsv4.layers import attention, indexer, mhc
 from dsv4.ops import formats, quant
+from dsv4.ops.attention import reference as attention_reference
 from dsv4.ops.compressor import reference as pool_reference
 from dsv4.ops.gemm import reference as gemm_reference
+from dsv4.ops.indexer import reference as indexer_reference
 from dsv4.ops.mhc import reference as mhc_reference
 from dsv4.ops.moe import reference as moe_reference
 from dsv4.ops.quant import reference as quant_reference
@@ -74,9 +77,9 @@ PROMPT = torch.randint(2, 128, (80,), generator=torch.Generator().manual_seed(1)
 FAULTS = {
     # Attention
     "no inverse rotation": Fault(
-        wrap(attention, "apply_rope", lambda f, x, *a, inverse=False: x if inverse else f(x, *a))
+        wrap(attention_reference, "apply_rope", lambda f, x, *a, inverse=False: x if inverse else f(x, *a))
     ),
-    "output rotated forward": Fault(edit(attention, "apply_rope", inverse=lambda a: False)),
+    "output rotated forward": Fault(edit(attention_reference, "apply_rope", inverse=lambda a: False)),
     "halves rotated instead of pairs": Fault(wrap(attention_ropes, "apply_rope", rotate_halves)),
     "window-only layers with YaRN": Fault(assign(window_layers, "inv_freq", frequencies())),
     "no YaRN": Fault(assign(compressed_layers, "inv_freq", frequencies(yarn=lambda c: None))),
@@ -116,11 +119,11 @@ FAULTS = {
     ),
     "tails of the previous sequence": Fault(keep_tails),
     # Indexer
-    "no relu": Fault(
-        wrap(indexer, "index_scores", lambda f, q, k, weights: torch.einsum("th,thd,cd->tc", weights, q, k))
-    ),
+    "no relu": Fault(wrap(indexer_reference, "index_scores", score_without_relu)),
     "index weights from the query latent": Fault(weigh_by_latent),
-    "index weights all positive": Fault(edit(indexer, "index_scores", weights=lambda a: a["weights"].abs())),
+    "index weights all positive": Fault(
+        edit(indexer, "choose_entries", weights=lambda a: a["weights"].abs())
+    ),
     # Experts
     "shared expert not clamped": Fault(
         edit(moe_reference, "run_expert", limit=lambda a: math.inf if a["weight"] is None else a["limit"])

@@ -51,11 +51,12 @@ def test_opcodes_are_read_by_kernel() -> None:
 def test_promises_are_read_from_comments(tmp_path: Path) -> None:
     (tmp_path / "room").mkdir()
     source = tmp_path / "room" / "dots.cu"
-    lines = ("// sass dots_kernel: LDG.E.128, STG.E", "// sass quick_dots_kernel: EXIT", "int x;  // sassy")
+    promised = "// sass dots_kernel: LDG.E.128, STG.E", "// sass 90a quick_dots_kernel: EXIT"
+    lines = (*promised, "int x;  // sassy")
     source.write_text("\n".join(lines), encoding="utf-8")
     assert read_promises(tmp_path) == [
         Promise("room/dots.cu", "dots_kernel", ("LDG.E.128", "STG.E")),
-        Promise("room/dots.cu", "quick_dots_kernel", ("EXIT",)),
+        Promise("room/dots.cu", "quick_dots_kernel", ("EXIT",), "90a"),
     ]
     for wrong in ("// sass dots_kernel LDG", "//sass dots_kernel: LDG", "// sass k: LDG,", "// sass k: "):
         source.write_text(f"{wrong}\n", encoding="utf-8")

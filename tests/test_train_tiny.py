@@ -150,10 +150,10 @@ def test_whole_attention_equals_the_reference(normal: Callable[..., Tensor], kin
     if kind == "selected":
         picks = torch.arange(4).expand(48, 4) * 2
         entries["selected"] = picks.masked_fill(picks >= visible[:, None], -1)
-    attend = partial(attention_reference.attend, q, kv, sink, window=16)
-    torch.testing.assert_close(
-        attend_whole(Trace(), q, kv, sink, window=16, **entries), attend(**entries), atol=1e-5, rtol=1e-4
-    )
+    inputs = (q, kv, sink, torch.arange(48), torch.tensor([1.0, 0.3]))
+    want = attention_reference.attend(*inputs, window=16, **entries)
+    found = attend_whole(Trace(), *inputs, window=16, **entries)
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
 
 
 def test_roundings_pass_gradients(normal: Callable[..., Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv4.config import CSA_RATIO, ModelConfig
+from dsv4.config import ModelConfig
 from dsv4.layers import attention, moe
 from dsv4.layers.block import Block
 from dsv4.layers.indexer import Indexer, IndexProducts
@@ -28,10 +28,10 @@ from dsv4.numerics import Numerics
 from dsv4.ops.dispatch import use_reference
 from dsv4.ops.formats import E2M1_VALUES, Plain, Weight
 from dsv4.ops.gemm import linear
-from dsv4.ops.indexer import select_topk
+from dsv4.ops.indexer import index_scores, select_topk
 from dsv4.ops.moe.reference import Expert, run_expert, swiglu
 from dsv4.ops.quant import reference as quant_reference
-from dsv4.ops.quant import round_index
+from dsv4.ops.rope import apply_rope
 
 HIDDEN = -1e9  # an index score that no softmax sees
 
@@ -98,6 +98,8 @@ def attend_whole(
     q: Tensor,
     kv: Tensor,
     sink: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
     *,
     window: int,
     compressed: Tensor | None = None,
@@ -132,7 +134,7 @@ def attend_whole(
     out = (p[..., : 2 * window].reshape(-1, window * heads, 2 * window) @ near).view_as(q)
     if entries:
         out = out + (p[..., 2 * window + 1 :].flatten(0, 1) @ compressed).view_as(q)
-    return out
+    return apply_rope(out, positions, inv_freq, inverse=True)
 
 
 def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
@@ -145,7 +147,7 @@ def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
 
 def _chosen(selected: Tensor, entries: int) -> Tensor:
     mask = torch.zeros((selected.shape[0], entries + 1), dtype=torch.bool, device=selected.device)
-    return mask.scatter(1, selected.masked_fill(selected < 0, entries), True)[:, :entries]
+    return mask.scatter(1, selected.masked_fill(selected < 0, entries).long(), True)[:, :entries]
 
 
 def _compare(trace: Trace, parts: list[Tensor], far: Tensor, seen: Tensor, selected: Tensor | None) -> None:
@@ -180,19 +182,19 @@ class TracedIndexer:
         self.wq_b = inner.wq_b
         self.trace = trace
 
-    def chooses(self, tokens: int) -> bool:
-        return tokens >= CSA_RATIO
+    def chooses(self, entries: int) -> bool:
+        return entries > 0
 
     def forward(
         self, products: IndexProducts, positions: Tensor, visible: Tensor, state: Any, start: int
     ) -> Tensor | None:
         inner = self.inner
         keys = inner.compressor.forward(products.kv, products.gate, state, start)
-        keys = state.entries.append(round_index(keys) if inner.trained else keys)
+        keys = state.extend(inner.rounded(keys, state), start + positions.shape[0])
         if products.q is None:
             return None
-        scores = inner.scores(products.q, products.weights, positions, keys)
-        self.trace.scores = scores
+        q, weights = inner.queries(products.q, products.weights, positions)
+        self.trace.scores = scores = index_scores(q, keys, weights, visible)
         if self.trace.dense or keys.shape[0] <= inner.top_k:
             return None
         return select_topk(scores.detach(), visible, top_k=inner.top_k)
@@ -307,10 +309,10 @@ def substitutes(trace: Trace) -> Iterator[None]:
             return run_stacked(x, routing, chosen, some, shared, limit=how["limit"])
         return run_experts(x, routing, chosen, some, shared, **how)
 
-    def whole(q: Tensor, kv: Tensor, sink: Tensor, *, window: int, **entries: Any) -> Tensor:
+    def whole(q: Tensor, kv: Tensor, *others: Tensor, window: int, **entries: Any) -> Tensor:
         if kv.shape[0] != q.shape[0] or q.shape[0] % window or q.dtype != torch.float32:
-            return attend(q, kv, sink, window=window, **entries)
-        return attend_whole(trace, q, kv, sink, window=window, **entries)
+            return attend(q, kv, *others, window=window, **entries)
+        return attend_whole(trace, q, kv, *others, window=window, **entries)
 
     def products(x: Tensor, weights: Sequence[Weight], *, out_dtypes: Any, **how: Any) -> tuple[Tensor, ...]:
         """Of indexers' matrices with a detached input."""

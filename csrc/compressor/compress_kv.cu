@@ -1,4 +1,5 @@
-// compress_kv: ops/compressor/reference.py, from projections to finished entries and the updated tail in one launch.
+// compress_kv, compress_step: ops/compressor/reference.py, from projections to finished entries and the updated tail in
+// one launch. The host knows where a chunk begins; of a step the kernel reads it, so that a graph serves any position.
 //
 // The rows of a call are counted from the first token of the unfinished window: rows below `pending` lie in the tail,
 // the others are new. In CSA the tail also keeps the window before, as rows -ratio .. -1. So every window is read in
@@ -90,6 +91,26 @@ struct Place {
   int group;                // the thread's slots: kBatch from kBatch * group on, and again behind those of all groups
   int lane;                 // its channels: begin + lane and the next
   bool active;              // whether it has channels
+};
+
+// What a call whose first position is read on the device gets beside the others, whose pending, windows, left and
+// position are then still to be found.
+struct Step {
+  const int64_t* position;  // of its first token
+  int64_t* slots;           // [entries]: the index of each entry, -1 for those that are not completed
+  int tokens, entries;
+
+  template <class T>
+  __device__ void complete(Call& call, Finish<T>& finish) const {
+    const uint32_t at = uint32_t(*position), window = at / uint32_t(call.ratio), pending = at - window * call.ratio;
+    const int64_t skipped = int64_t(pending) * call.channels;
+    call.rows.kv -= skipped, call.rows.gate -= skipped, call.rows.pending = int(pending);
+    call.windows = int((pending + tokens) / uint32_t(call.ratio));
+    call.left = int(pending) + tokens - call.windows * call.ratio;
+    finish.position = at - pending;
+    if (blockIdx.x == 0 && threadIdx.x < entries)
+      slots[threadIdx.x] = threadIdx.x < call.windows ? int64_t(window) + threadIdx.x : -1;
+  }
 };
 
 // The softmax over some slots: the largest gate, the sum of exp(gate - top), and that of its products with the values.
@@ -405,9 +426,11 @@ struct Mover {
   }
 };
 
-// Cluster 0 has the windows that read the tail, and the tail; every other cluster has one window.
-template <class T, bool overlap>
-__global__ void __launch_bounds__(kMaxThreads, 1) compress_kv_kernel(Call call, Finish<T> finish, Split split) {
+// Cluster 0 has the windows that read the tail, and the tail; every other cluster has one window, or in a step none.
+template <class T, bool overlap, bool is_step>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    compress_kv_kernel(Call call, Finish<T> finish, Split split, Step step) {
+  if constexpr (is_step) step.complete(call, finish);
   constexpr int kMaxWindows = 1 + overlap;  // of a cluster; the barrier of each is used once
   extern __shared__ Quad dynamic[];
   __shared__ float warps[kMaxWarps], squares[kMaxWindows][kMaxRanks];
@@ -422,7 +445,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) compress_kv_kernel(Call call, 
   place.lane = (threadIdx.x & ((1 << split.group_bits) - 1)) * kLanes;
   place.active = place.lane < place.length;
   const int from_tail = min(call.windows, kMaxWindows);
-  const int first = cluster ? from_tail + cluster - 1 : 0, end = cluster ? first + 1 : from_tail;
+  const int first = cluster ? from_tail + cluster - 1 : 0, end = cluster ? min(first + 1, call.windows) : from_tail;
   if (ranks > 1 && first < end) {
     if (threadIdx.x == 0)
       for (int i = 0; i < kMaxWindows; ++i) expect_bytes(&arrived[i], ranks * sizeof(float));
@@ -466,29 +489,33 @@ Split split_window(int64_t slots, int64_t width) {
   return {bits_of(ranks), int(slice), int(wanted < most ? wanted : most), group_bits};
 }
 
-template <class T, bool overlap>
-cudaError_t launch_windows(int64_t clusters, cudaStream_t stream, const Call& call, const Finish<T>& finish,
-                           const Split& split) {
-  static const cudaError_t opted_in = cudaFuncSetAttribute(
-      compress_kv_kernel<T, overlap>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(kMaxThreads));
+// `windows`: that the call completes, of a step at most.
+template <class T, bool overlap, bool is_step>
+cudaError_t launch_windows(int64_t windows, cudaStream_t stream, const Call& call, const Finish<T>& finish,
+                           const Step& step) {
+  auto* kernel = compress_kv_kernel<T, overlap, is_step>;
+  static const cudaError_t opted_in =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(kMaxThreads));
   if (opted_in != cudaSuccess) return opted_in;
+  const int64_t from_tail = windows < 1 + overlap ? windows : 1 + overlap, clusters = 1 + windows - from_tail;
+  const Split split = split_window(int64_t(call.ratio) << overlap, call.width);
   const int threads = split.groups << split.group_bits;
   const int ranks = 1 << split.rank_bits;
   const Grid grid = {.blocks = clusters * ranks, .threads = threads, .shared = shared_bytes(threads), .cluster = ranks};
-  return launch(compress_kv_kernel<T, overlap>, grid, stream, call, finish, split);
+  return launch(kernel, grid, stream, call, finish, split, step);
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-}  // namespace
-
-cudaError_t compress_kv(const float* kv, const float* gate, const float* ape, float* tail_kv, float* tail_gate,
-                        const float* norm, const float* inv_freq, Out out, int64_t tokens, int64_t ratio, int64_t width,
-                        int64_t rotary, int64_t start, bool overlap, double eps, cudaStream_t stream) {
+// A chunk from `start` on, or a step.
+template <bool is_step>
+cudaError_t compress(const float* kv, const float* gate, const float* ape, float* tail_kv, float* tail_gate,
+                     const float* norm, const float* inv_freq, Out out, int64_t tokens, int64_t ratio, int64_t width,
+                     int64_t rotary, int64_t start, bool overlap, double eps, const Step& step, cudaStream_t stream) {
   if (!(aligned(kv) && aligned(gate) && aligned(ape) && aligned(tail_kv) && aligned(tail_gate) && aligned(norm)))
     return cudaErrorMisalignedAddress;
   const int64_t channels = width << overlap, before = overlap ? ratio : 0, pending = start % ratio;
-  const int64_t windows = (pending + tokens) / ratio, from_tail = windows < 1 + overlap ? windows : 1 + overlap;
+  const int64_t windows = is_step ? step.entries : (pending + tokens) / ratio;
   Call call;
   call.rows = {kv - pending * channels, gate - pending * channels, tail_kv + before * channels,
                tail_gate + before * channels, int(pending)};
@@ -498,15 +525,31 @@ cudaError_t compress_kv(const float* kv, const float* gate, const float* ape, fl
   call.channels = int(channels);
   call.windows = int(windows);
   call.left = int((pending + tokens) % ratio);
-  const Split split = split_window(before + ratio, width);
   return for_float_type(out.type, [&](auto zero) {
     using T = decltype(zero);
     const Finish<T> finish{norm,        inv_freq,           static_cast<T*>(out.data), start - pending,
                            int(rotary), 1.0f / float(width), float(eps)};
-    const int64_t clusters = 1 + windows - from_tail;
-    return overlap ? launch_windows<T, true>(clusters, stream, call, finish, split)
-                   : launch_windows<T, false>(clusters, stream, call, finish, split);
+    return overlap ? launch_windows<T, true, is_step>(windows, stream, call, finish, step)
+                   : launch_windows<T, false, is_step>(windows, stream, call, finish, step);
   });
+}
+
+}  // namespace
+
+cudaError_t compress_kv(const float* kv, const float* gate, const float* ape, float* tail_kv, float* tail_gate,
+                        const float* norm, const float* inv_freq, Out out, int64_t tokens, int64_t ratio, int64_t width,
+                        int64_t rotary, int64_t start, bool overlap, double eps, cudaStream_t stream) {
+  return compress<false>(kv, gate, ape, tail_kv, tail_gate, norm, inv_freq, out, tokens, ratio, width, rotary, start,
+                         overlap, eps, Step{}, stream);
+}
+
+cudaError_t compress_step(const float* kv, const float* gate, const float* ape, float* tail_kv, float* tail_gate,
+                          const float* norm, const float* inv_freq, const int64_t* positions, Out out, int64_t* slots,
+                          int64_t tokens, int64_t entries, int64_t ratio, int64_t width, int64_t rotary, bool overlap,
+                          double eps, cudaStream_t stream) {
+  if (entries > kWarp) return cudaErrorInvalidValue;
+  return compress<true>(kv, gate, ape, tail_kv, tail_gate, norm, inv_freq, out, tokens, ratio, width, rotary, 0,
+                        overlap, eps, Step{positions, slots, int(tokens), int(entries)}, stream);
 }
 
 }  // namespace dsv4

@@ -15,8 +15,6 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 256, kMaxThreads = 512;
-constexpr float kLargest = 448.0f;
-constexpr float kFloor = 1e-4f;  // of a block's largest magnitude
 
 // Rows of `width` values, of which the first `rounded` are quantised by blocks and the others copied.
 struct Rows {
@@ -31,10 +29,6 @@ struct Rows {
     for (shift = 0; kValues << shift < block; ++shift) continue;
   }
 };
-
-__device__ inline uint32_t scale_of(unsigned most) {
-  return ceil_log2(__fdiv_rn(fmaxf(__uint_as_float(most), kFloor), kLargest));
-}
 
 // This thread's 16 values, within or behind its row, and the scale of its block. Every lane calls it.
 template <class T>
@@ -54,7 +48,7 @@ struct Piece {
     unsigned most = is_rounded ? largest_magnitude(values) : 0;
     for (int lane = 1; lane < 1 << rows.shift; lane *= 2)
       most = max(most, __shfl_xor_sync(kFullMask, most, lane));
-    scale = scale_of(most);
+    scale = fp8_scale(most);
   }
 
   __device__ void codes(uint32_t (&pairs)[kValues / 2]) const {
@@ -112,7 +106,7 @@ __global__ void __launch_bounds__(kWarp)
     const int first = b * rows.block, end = min(first + rows.block, rows.rounded);
     unsigned most = 0;
     for (int i = first + threadIdx.x; i < end; i += kWarp) most = max(most, magnitude(to_float(x[i])));
-    const uint32_t scale = scale_of(__reduce_max_sync(kFullMask, most));
+    const uint32_t scale = fp8_scale(__reduce_max_sync(kFullMask, most));
     for (int i = first + threadIdx.x; i < end; i += kWarp) {
       uint32_t code = to_e4m3_pair(to_float(x[i]) * reciprocal_power(scale), 0.0f);
       if (out) {

@@ -11,8 +11,6 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kLargest = 6.0f;
-constexpr float kFloor = 6 * 0x1p-126f;  // of a block's largest magnitude
 
 // x rounded to the nearest e2m1 value, ties to even; |x| is at most 6, or an ulp above.
 __device__ inline float round_e2m1(float x) {
@@ -20,26 +18,6 @@ __device__ inline float round_e2m1(float x) {
   unsigned exponent = __float_as_uint(fmaxf(fabsf(x), 1.0f)) & 0x7f800000u;
   float large = __uint_as_float(exponent + (22u << 23));
   return copysignf((fabsf(x) + large) - large, x);
-}
-
-// Butterflies over all values of the row that `lanes` neighbouring lanes share.
-__device__ inline void rotate_row(float (&y)[kValues], int lanes) {
-#pragma unroll
-  for (int width = 1; width < kValues; width *= 2) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      if (i & width) continue;
-      float a = y[i], b = y[i + width];
-      y[i] = a + b;
-      y[i + width] = a - b;
-    }
-  }
-  for (int lane = 1; lane < lanes; lane *= 2) {
-    const float sign = threadIdx.x & lane ? -1.0f : 1.0f;
-#pragma unroll
-    for (int i = 0; i < kValues; ++i)
-      y[i] = fmaf(sign, y[i], __shfl_xor_sync(kFullMask, y[i], lane));  // a + b, or a - b in the upper lane
-  }
 }
 
 template <class T, bool kRoundIndex>
@@ -58,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kValues; ++i) most = max(most, magnitude(y[i]));
     most = max(most, __shfl_xor_sync(kFullMask, most, 1));
-    const uint32_t scale = ceil_log2(__fdiv_rn(fmaxf(__uint_as_float(most), kFloor), kLargest));
+    const uint32_t scale = fp4_scale(most);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) y[i] = round_e2m1(y[i] * reciprocal_power(scale)) * power_of_two(scale);
   }

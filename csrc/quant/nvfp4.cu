@@ -118,9 +118,7 @@ __device__ inline Block quantize_slowly(const T* x, unsigned most, float global_
   const float step = from_e4m3_pair(block.scale).x * global_scale;
 #pragma unroll 1
   for (int i = kValues - 1; i >= 0 && step > 0.0f; --i) {
-    const float q = __fdiv_rn(to_float(x[i]), step), size = fabsf(q);
-    const uint32_t code = (size > 0.25f) + (size >= 0.75f) + (size > 1.25f) + (size >= 1.75f) + (size > 2.5f) +
-                          (size >= 3.5f) + (size > 5.0f) + (signbit(q) ? 8 : 0);
+    const uint32_t code = to_e2m1(__fdiv_rn(to_float(x[i]), step));
     block.codes[1] = block.codes[1] << 4 | block.codes[0] >> 28;
     block.codes[0] = block.codes[0] << 4 | code;
   }

@@ -1,4 +1,5 @@
-// What the kernels of the room share: 16 values a thread, magnitudes as integers, e4m3 conversions, powers of two.
+// What kernels that round share: 16 values a thread, magnitudes as integers, conversions to e4m3 and e2m1, powers of
+// two, the scales of blocks, and the indexer's rotation.
 #pragma once
 
 #include "common/device.cuh"
@@ -75,6 +76,13 @@ __device__ inline float2 from_e4m3_pair(uint32_t pair) {
   return __half22float2(reinterpret_cast<const __half2&>(halves));
 }
 
+// The code of the e2m1 value nearest to q, ties to even code, saturating at 6; the sign of zero is kept.
+__device__ inline uint32_t to_e2m1(float q) {
+  const float size = fabsf(q);
+  return (size > 0.25f) + (size >= 0.75f) + (size > 1.25f) + (size >= 1.75f) + (size > 2.5f) + (size >= 3.5f) +
+         (size > 5.0f) + (signbit(q) ? 8 : 0);
+}
+
 // ceil(log2(x)) + 127 of a normal x > 0, from its exponent field: exact. At most 254, a finite scale.
 __device__ inline uint32_t ceil_log2(float x) { return min((__float_as_uint(x) + 0x7fffffu) >> 23, 254u); }
 
@@ -82,6 +90,34 @@ __device__ inline uint32_t ceil_log2(float x) { return min((__float_as_uint(x) +
 // by the former, bit by bit.
 __device__ inline float power_of_two(uint32_t byte) { return __uint_as_float(byte << 23); }
 __device__ inline float reciprocal_power(uint32_t byte) { return __uint_as_float((254u - byte) << 23); }
+
+// The scale's byte of a block of FP8 or FP4 codes by the block's largest magnitude.
+__device__ inline uint32_t fp8_scale(unsigned most) {
+  return ceil_log2(__fdiv_rn(fmaxf(__uint_as_float(most), 1e-4f), 448.0f));
+}
+__device__ inline uint32_t fp4_scale(unsigned most) {
+  return ceil_log2(__fdiv_rn(fmaxf(__uint_as_float(most), 6 * 0x1p-126f), 6.0f));
+}
+
+// Hadamard butterflies over all values of the row that `lanes` neighbouring lanes share, every lane of a warp at once.
+__device__ inline void rotate_row(float (&y)[kValues], int lanes) {
+#pragma unroll
+  for (int width = 1; width < kValues; width *= 2) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      if (i & width) continue;
+      float a = y[i], b = y[i + width];
+      y[i] = a + b;
+      y[i + width] = a - b;
+    }
+  }
+  for (int lane = 1; lane < lanes; lane *= 2) {
+    const float sign = threadIdx.x & lane ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i)
+      y[i] = fmaf(sign, y[i], __shfl_xor_sync(kFullMask, y[i], lane));  // a + b, or a - b in the upper lane
+  }
+}
 
 inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 

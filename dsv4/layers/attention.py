@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
-from dsv4.cache import LayerCache
+from dsv4.cache import LayerCache, plain_rows
 from dsv4.config import CSA_RATIO, ModelConfig
 from dsv4.layers.compressor import Compressor
 from dsv4.layers.indexer import Indexer, IndexProducts
 from dsv4.layers.rope import inverse_frequencies
 from dsv4.layers.weights import Weights
 from dsv4.numerics import Numerics
-from dsv4.ops.attention import attend
+from dsv4.ops.attention import attend, attend_step
+from dsv4.ops.formats import MAX_STEP
 from dsv4.ops.gemm import grouped_linear, linear, linear_stack
 from dsv4.ops.norm import rms_norm
 from dsv4.ops.quant import round_kv
-from dsv4.ops.rope import apply_rope, rms_norm_rope
+from dsv4.ops.rope import rms_norm_rope
 
 
 class Attention:
@@ -47,64 +48,120 @@ class Attention:
         self.dtypes_from_u = (None, None, *[torch.float32] * len(pooled))
 
     def forward(self, u: Tensor, positions: Tensor, cache: LayerCache, start: int) -> Tensor:
-        """u [T, D] of positions start .. start + T - 1 -> [T, D]; extends ``cache``."""
-        eps, heads = self.config.norm_eps, self.config.num_heads
+        """u [T, D] of positions start .. start + T - 1 -> [T, D]; extends ``cache``.
+
+        Of up to ``MAX_STEP`` tokens the position is read on the device alone, so that a CUDA graph of the
+        step can be replayed at any other: ``start`` is then not used.
+        """
+        eps, heads, tokens = self.config.norm_eps, self.config.num_heads, u.shape[0]
+        is_step = tokens <= MAX_STEP
         qa, kv, *pooled = linear_stack(
             u, self.from_u, activations=self.activations, out_dtypes=self.dtypes_from_u
         )
         qa = rms_norm(qa, self.q_norm, eps=eps)  # [T, q_lora]
-        q, index_q = self._queries(qa, start + u.shape[0])
+        q, index_q = self._queries(qa, cache, None if is_step else start + tokens)
         q = rms_norm_rope(q.unflatten(-1, (heads, -1)), None, positions, self.inv_freq, eps=eps)  # [T, H, Dh]
-        kv = self._round(rms_norm_rope(kv, self.kv_norm, positions, self.inv_freq, eps=eps))  # [T, Dh]
-        window_kv = cache.window.extend(kv, start)  # [P + T, Dh]
-        compressed, visible, selected = self._compressed(pooled, index_q, positions, cache, start)
-        o = attend(
-            q,
-            window_kv,
-            self.sink,
-            window=self.config.window,
-            compressed=compressed,
-            visible=visible,
-            selected=selected,
-        )  # [T, H, Dh]
-        o = apply_rope(o, positions, self.inv_freq, inverse=True)
+        kv = rms_norm_rope(kv, self.kv_norm, positions, self.inv_freq, eps=eps)  # [T, Dh]
+        if is_step:
+            o = self._step(q, kv, pooled, index_q, positions, cache)  # [T, H, Dh]
+        else:
+            o = self._chunk(q, kv, pooled, index_q, positions, cache, start)  # [T, H, Dh]
         groups = o.flatten(1).unflatten(-1, (self.config.o_groups, -1))  # [T, G, H Dh / G]
         z = grouped_linear(groups, self.wo_a, activations=self.activations)  # [T, G R]
         return linear(z, self.wo_b, activations=self.activations)
 
-    def _queries(self, qa: Tensor, end: int) -> tuple[Tensor, Tensor | None]:
-        """q [T, H Dh] of the latent qa [T, q_lora]; the indexer's [T, Hi Di] if it ``chooses``, else None."""
-        if self.indexer is None or not self.indexer.chooses(end):
-            return linear(qa, self.wq_b, activations=self.activations), None
-        both = (self.wq_b, self.indexer.wq_b)
-        q, index_q = linear_stack(qa, both, activations=self.activations, out_dtypes=(None, None))
-        return q, index_q
+    def _queries(self, qa: Tensor, cache: LayerCache, end: int | None) -> tuple[Tensor, Tensor | None]:
+        """q [T, H Dh] of the latent qa [T, q_lora]; the indexer's [T, Hi Di] if it ``chooses``, else None.
 
-    def _compressed(
+        It has ``end`` tokens to choose among or, without a number, as many as the cache may come to hold.
+        """
+        if self.indexer is not None:
+            assert cache.index is not None
+            entries = cache.index.rows.shape[0] if end is None else end // self.ratio
+            if self.indexer.chooses(entries):
+                both = (self.wq_b, self.indexer.wq_b)
+                q, index_q = linear_stack(qa, both, activations=self.activations, out_dtypes=(None, None))
+                return q, index_q
+        return linear(qa, self.wq_b, activations=self.activations), None
+
+    def _step(
         self,
+        q: Tensor,
+        kv: Tensor,
+        pooled: list[Tensor],
+        index_q: Tensor | None,
+        positions: Tensor,
+        cache: LayerCache,
+    ) -> Tensor:
+        """Attention of q [T, H, Dh] on the cache's tables, after the tokens' rows kv [T, Dh] and the entries
+        that they complete have been stored: an entry is visible to the token that completes it.
+
+        pooled: the products of u with the compressor's and the indexer's matrices.
+        """
+        cache.window.store(kv if cache.window.has_records else self._round(kv), positions)
+        compressed, selected = None, None
+        if self.compressor is not None:
+            assert cache.compressed is not None
+            gate, state = pooled[1], cache.compressed
+            entries, slots = self.compressor.step(pooled[0], gate, state, positions)
+            state.store(entries if state.has_records else self._round(entries), slots)
+            compressed = state.rows
+        if self.indexer is not None:
+            assert cache.index is not None
+            products = IndexProducts(*pooled[2:], index_q)
+            selected = self.indexer.step(products, positions, self._visible(positions), cache.index)
+        return attend_step(
+            q,
+            cache.window.rows,
+            self.sink,
+            positions,
+            self.inv_freq,
+            window=self.config.window,
+            compressed=compressed,
+            ratio=self.ratio,
+            selected=selected,
+        )
+
+    def _chunk(
+        self,
+        q: Tensor,
+        kv: Tensor,
         pooled: list[Tensor],
         index_q: Tensor | None,
         positions: Tensor,
         cache: LayerCache,
         start: int,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """All entries so far [C, Dh], how many each query sees [T], and the indexer's choice [T, I].
+    ) -> Tensor:
+        """As ``_step``, on plain rows, of more tokens, from position ``start`` on."""
+        window_kv = cache.window.extend(self._round(kv), start)  # [P + T, Dh]
+        compressed, visible, selected = None, None, None
+        end = start + q.shape[0]
+        if self.compressor is not None:
+            assert cache.compressed is not None
+            gate, state = pooled[1], cache.compressed
+            entries = self.compressor.forward(pooled[0], gate, state, start)
+            rows = state.extend(entries if state.has_records else self._round(entries), end)
+            compressed = plain_rows(rows)  # [C, Dh]
+            visible = self._visible(positions)
+        if self.indexer is not None:
+            assert cache.index is not None and visible is not None
+            products = IndexProducts(*pooled[2:], index_q)
+            selected = self.indexer.forward(products, positions, visible, cache.index, start)
+        return attend(
+            q,
+            window_kv,
+            self.sink,
+            positions,
+            self.inv_freq,
+            window=self.config.window,
+            compressed=compressed,
+            visible=visible,
+            selected=selected,
+        )
 
-        pooled: the products of u with the compressor's and the indexer's matrices. Entries are emitted before
-        attention: an entry is visible to the token that completes it.
-        """
-        if self.compressor is None:
-            return None, None, None
-        assert cache.compressed is not None
-        kv, gate, *indexed = pooled
-        entries = self._round(self.compressor.forward(kv, gate, cache.compressed, start))
-        entries = cache.compressed.entries.append(entries)
-        visible = torch.div(positions + 1, self.ratio, rounding_mode="floor")  # [T]
-        if self.indexer is None:
-            return entries, visible, None
-        assert cache.index is not None
-        products = IndexProducts(*indexed, index_q)
-        return entries, visible, self.indexer.forward(products, positions, visible, cache.index, start)
+    def _visible(self, positions: Tensor) -> Tensor:
+        """How many entries each query sees, [T] i64."""
+        return torch.div(positions + 1, self.ratio, rounding_mode="floor")
 
     def _round(self, kv: Tensor) -> Tensor:
         return round_kv(kv, rope_dim=self.config.rope_dim) if self.trained else kv

@@ -6,7 +6,7 @@ from dsv4.cache import CompressorState
 from dsv4.config import CSA_RATIO, ModelConfig
 from dsv4.layers.weights import Weights
 from dsv4.numerics import Numerics
-from dsv4.ops.compressor import compress_kv
+from dsv4.ops.compressor import compress_kv, compress_step
 
 
 class Compressor:
@@ -41,3 +41,24 @@ class Compressor:
             eps=self.norm_eps,
             dtype=self.dtype,
         )  # [n, width]
+
+    def step(
+        self, kv: Tensor, gate: Tensor, state: CompressorState, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` of up to ``MAX_STEP`` tokens whose ``positions`` [T] i64 are read on the device.
+
+        Returns the entries [n, width] that there may be and the index of each, [n] i64, -1: not completed.
+        """
+        return compress_step(
+            kv,
+            gate,
+            self.ape,
+            state.tail_kv,
+            state.tail_gate,
+            self.norm,
+            self.inv_freq,
+            positions,
+            overlap=self.ratio == CSA_RATIO,
+            eps=self.norm_eps,
+            dtype=self.dtype,
+        )

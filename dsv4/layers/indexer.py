@@ -9,7 +9,7 @@ from dsv4.config import CSA_RATIO, ModelConfig
 from dsv4.layers.compressor import Compressor
 from dsv4.layers.weights import Weights
 from dsv4.numerics import Numerics
-from dsv4.ops.indexer import index_scores, select_topk
+from dsv4.ops.indexer import choose_entries
 from dsv4.ops.quant import round_index
 from dsv4.ops.rope import apply_rope
 
@@ -40,26 +40,42 @@ class Indexer:
         self.compressor = Compressor(config, numerics, CSA_RATIO, inv_freq, weights.scope("compressor"))
         self.matrices = (*self.compressor.matrices, self.weights_proj)
 
-    def chooses(self, tokens: int) -> bool:
-        """Whether so many tokens have more entries than a query takes; if not, none is scored."""
-        return tokens // CSA_RATIO > self.top_k
+    def chooses(self, entries: int) -> bool:
+        """Whether so many entries are more than a query takes; if not, none is scored."""
+        return entries > self.top_k
 
     def forward(
         self, products: IndexProducts, positions: Tensor, visible: Tensor, state: CompressorState, start: int
     ) -> Tensor | None:
-        """The chosen entries [T, top_k] of each query (-1: none), or None when all visible ones are.
+        """The chosen entries [T, top_k] i32 of each query (-1: none), or None when all visible ones are.
 
         visible [T] i64. The keys of the entries that the tokens complete are stored in any case.
         """
         keys = self.compressor.forward(products.kv, products.gate, state, start)  # [n, Di]
-        keys = state.entries.append(round_index(keys) if self.trained else keys)  # [C, Di]
+        keys = state.extend(self.rounded(keys, state), start + positions.shape[0])  # [C, Di or 68]
+        return self._choose(products, positions, visible, keys)
+
+    def step(
+        self, products: IndexProducts, positions: Tensor, visible: Tensor, state: CompressorState
+    ) -> Tensor | None:
+        """``forward`` of up to ``MAX_STEP`` tokens, over the whole table, by positions on the device."""
+        keys, slots = self.compressor.step(products.kv, products.gate, state, positions)
+        state.store(self.rounded(keys, state), slots)
+        return self._choose(products, positions, visible, state.rows)
+
+    def rounded(self, keys: Tensor, state: CompressorState) -> Tensor:
+        """Keys [n, Di] as ``state`` takes them: records rotate and round what they store."""
+        return round_index(keys) if self.trained and not state.has_records else keys
+
+    def _choose(
+        self, products: IndexProducts, positions: Tensor, visible: Tensor, keys: Tensor
+    ) -> Tensor | None:
         if products.q is None:
             return None
-        scores = self.scores(products.q, products.weights, positions, keys)
-        return select_topk(scores, visible, top_k=self.top_k)
+        q, weights = self.queries(products.q, products.weights, positions)
+        return choose_entries(q, keys, weights, visible, top_k=self.top_k)
 
-    def scores(self, q: Tensor, weights: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
-        """The score of every key [C, Di] for every query, [T, C] f32, future entries included."""
+    def queries(self, q: Tensor, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The finished queries [T, Hi, Di] of products q [T, Hi Di], and their weights with their factor."""
         q = apply_rope(q.unflatten(-1, (self.heads, self.head_dim)), positions, self.inv_freq)  # [T, Hi, Di]
-        q = round_index(q) if self.trained else q
-        return index_scores(q, keys, weights * (self.head_dim * self.heads) ** -0.5)
+        return round_index(q) if self.trained else q, weights * (self.head_dim * self.heads) ** -0.5

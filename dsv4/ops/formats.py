@@ -1,8 +1,9 @@
-"""The weight types: one small NamedTuple a format, so that codes and scales never drift apart.
+"""The weight types, one small NamedTuple a format, so that codes and scales never drift apart; cached rows.
 
-Formats and layouts are those of docs/model.md section 4. Weights stay in memory as they are
+Formats and layouts of weights are those of docs/model.md section 4. Weights stay in memory as they are
 stored, but for 4-bit ones on CUDA, which become ``Packed`` when they are loaded; ``unscaled`` is what
-a matrix product reads, ``dequantize`` the plain fp32 matrix.
+a matrix product reads, ``dequantize`` the plain fp32 matrix. A table of cached rows is plain or of records
+(docs/model.md section 3), told apart by dtype and width; ``decode_rows`` is what attention and indexer read.
 """
 
 from typing import NamedTuple
@@ -25,6 +26,13 @@ CODE_BITS = {
     "mxfp4": ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13)),
 }
 BOTH_HALVES = 0x00010001  # a bit of the even column's code and the same bit of the odd one's
+
+# Records of cached rows, in bytes. A KV row of 512: 448 e4m3 codes of the dims without RoPE, the 64 turned
+# dims in bf16, one e8m0 scale for each 64 codes, zeros up to a multiple of 16. An index key of 128: two e2m1
+# codes a byte, the even dim in the low half, then one e8m0 scale for each 32 codes.
+KV_RECORD, KV_CODES, KV_ROPE, KV_BLOCK = 592, 448, 64, 64
+INDEX_RECORD, INDEX_CODES = 68, 128
+MAX_STEP = 8  # tokens that work on the tables as they are stored; a window ring has so many rows more, less 1
 
 
 class Plain(NamedTuple):
@@ -184,6 +192,25 @@ def e8m0_to_float(scale: Tensor) -> Tensor:
     return scale.view(torch.float8_e8m0fnu).float()
 
 
+def decode_rows(table: Tensor) -> Tensor:
+    """The values of cached rows: records [..., 592] or [..., 68] u8 -> [..., 512] or [..., 128] bf16, exact.
+
+    Plain rows are returned as they are. An index key stays rotated by its Hadamard transform.
+    """
+    if table.dtype != torch.uint8:
+        return table
+    if table.shape[-1] == INDEX_RECORD:
+        codes, scales = table[..., : INDEX_CODES // 2], table[..., INDEX_CODES // 2 :]
+        return _blockwise(unpack_e2m1(codes), e8m0_to_float(scales.contiguous()), MXFP4_BLOCK).bfloat16()
+    width = table.shape[-1]
+    assert width == KV_RECORD, f"rows: expected {KV_RECORD} or {INDEX_RECORD} bytes, found {width}"
+    at_rope, at_scales = KV_CODES, KV_CODES + 2 * KV_ROPE
+    codes = table[..., :at_rope].contiguous().view(torch.float8_e4m3fn).float()
+    rope = table[..., at_rope:at_scales].contiguous().view(torch.bfloat16)
+    scales = e8m0_to_float(table[..., at_scales : at_scales + KV_CODES // KV_BLOCK].contiguous())
+    return torch.cat((_blockwise(codes, scales, KV_BLOCK).bfloat16(), rope), dim=-1)
+
+
 def packed_shape(kind: str, n: int, k: int) -> tuple[int, int]:
     """Units of a packed matrix [n, k], and bytes of one: the shape of ``Packed.data``."""
     units = -(-n // UNIT_ROWS) * -(-k // UNIT_COLUMNS)
@@ -233,5 +260,5 @@ def _matrix(weight: Bare) -> Tensor:
 
 
 def _blockwise(values: Tensor, scale: Tensor, block: int) -> Tensor:
-    """values [N, K] times scale [N, K/block]."""
+    """values [..., K] times scale [..., K/block]."""
     return (values.unflatten(-1, (-1, block)) * scale.unsqueeze(-1)).flatten(-2)

@@ -2,15 +2,27 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dsv4.ops.attention import attend, reference
+from dsv4.ops.attention import attend as turned_attend
+from dsv4.ops.attention import attend_step, reference
+from dsv4.ops.formats import KV_RECORD, decode_rows
+from dsv4.ops.rope import apply_rope
+from dsv4.ops.rows import store_rows
 
 HEADS, WIDTH = 3, 16
+NO_TURN = torch.zeros(1)  # inverse frequencies: nothing turns
+
+
+def attend(q: Tensor, window_kv: Tensor, sink: Tensor, **options: Any) -> Tensor:
+    """Without the rotation of the output, which has tests of its own."""
+    positions = torch.arange(window_kv.shape[0] - q.shape[0], window_kv.shape[0])
+    return turned_attend(q, window_kv, sink, positions, NO_TURN, **options)
 
 
 def expected_attention(
@@ -157,3 +169,64 @@ def test_bfloat16(rng: np.random.Generator, normal: Callable[..., Tensor]) -> No
     assert o.dtype == torch.bfloat16
     want = expected_attention(q, rows, sink, 16, compressed, [range(v) for v in visible])
     np.testing.assert_allclose(o.double().numpy(), want, rtol=2.0**-8, atol=2e-4)
+
+
+def test_the_output_turns_back_before_it_is_rounded(normal: Callable[..., Tensor]) -> None:
+    q, rows, sink = normal(5, HEADS, WIDTH).bfloat16(), normal(9, WIDTH).bfloat16(), normal(HEADS)
+    positions, inv_freq = torch.arange(1000, 1005), torch.tensor([1.0, 0.3, 0.01])
+    found = turned_attend(q, rows, sink, positions, inv_freq, window=4)
+    plain = expected_attention(q, rows, sink, 4, rows[:0], [[]] * 5)
+    want = apply_rope(torch.from_numpy(plain), positions, inv_freq, inverse=True)
+    assert (found.double() - want).abs().max() < 2**-8 * want.abs().max()
+    assert torch.equal(found, found.float().bfloat16()) and found.dtype == torch.bfloat16
+
+
+def ring_of(rows: Tensor, last: int, size: int) -> Tensor:
+    """rows [P, W] of positions 0 .. P - 1 in a ring, NaN where the window of ``last`` positions ends."""
+    ring = torch.full((size, rows.shape[1]), torch.nan, dtype=rows.dtype)
+    for position in range(max(0, len(rows) - last), len(rows)):
+        ring[position % size] = rows[position]
+    return ring
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("before", [0, 2, 5, 30])
+@pytest.mark.parametrize("kind", ["window", "visible", "selected"])
+def test_step(
+    tokens: int, before: int, kind: str, rng: np.random.Generator, normal: Callable[..., Tensor]
+) -> None:
+    """On a ring and a table that hold NaN wherever nobody looks; each query as if it were alone."""
+    window, ratio, end = 5, 4, before + tokens
+    q, rows, sink = 2 * normal(tokens, HEADS, WIDTH), normal(end, WIDTH), normal(HEADS)
+    positions, inv_freq = torch.arange(before, end), torch.tensor([1.0, 0.3])
+    ring = ring_of(rows, window - 1 + tokens, window + 7)
+    options: dict[str, Any] = {"window": window}
+    chosen: list[list[int]] = [[] for _ in range(tokens)]
+    entries = torch.full((12, WIDTH), torch.nan)
+    if kind != "window":
+        entries[: end // ratio] = normal(end // ratio, WIDTH)
+        chosen = [list(range((p + 1) // ratio)) for p in range(before, end)]
+        options |= {"compressed": entries, "ratio": ratio}
+    if kind == "selected":
+        chosen = [sorted(rng.permutation(len(seen))[:3].tolist()) for seen in chosen]
+        options["selected"] = torch.tensor([row + [-1] * (3 - len(row)) for row in chosen], dtype=torch.int32)
+    found = attend_step(q, ring, sink, positions, inv_freq, **options)
+    plain = expected_attention(q, rows, sink, window, entries, chosen)
+    want = apply_rope(torch.from_numpy(plain), positions, inv_freq, inverse=True)
+    assert_near(found, want.numpy())
+    for t in range(tokens):
+        part = {"selected": options["selected"][t : t + 1]} if kind == "selected" else {}
+        alone = attend_step(q[t : t + 1], ring, sink, positions[t : t + 1], inv_freq, **{**options, **part})
+        assert torch.equal(alone[0], found[t])
+
+
+def test_step_on_records(normal: Callable[..., Tensor]) -> None:
+    """As on the rows that the records stand for."""
+    ring, entries = (torch.zeros(n, KV_RECORD, dtype=torch.uint8) for n in (11, 4))
+    for table in (ring, entries):
+        store_rows(normal(len(table), 512).bfloat16(), table, torch.arange(len(table)))
+    q, sink, positions = normal(2, HEADS, 512).bfloat16(), normal(HEADS), torch.tensor([14, 15])
+    rest = (sink, positions, torch.tensor([1.0, 0.3]))
+    found = attend_step(q, ring, *rest, window=4, compressed=entries, ratio=4)
+    want = attend_step(q, decode_rows(ring), *rest, window=4, compressed=decode_rows(entries), ratio=4)
+    assert torch.equal(found, want) and bool(found.isfinite().all())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.ops.compressor import compress_kv, pool_windows
+from dsv4.ops.compressor import compress_kv, compress_step, pool_windows
 
 KINDS = [(4, True), (4, False), (8, False)]  # ratio, overlap: CSA, and HCA at small ratios
 
@@ -192,3 +192,24 @@ def test_compressed_entries_are_rounded_three_times(normal: Callable[..., Tensor
     inputs = (kv, gate, ape, tail_kv, tail_gate, norm, torch.tensor([0.7]))
     entry = compress_kv(*inputs, start=4, overlap=True, eps=1e-6, dtype=torch.bfloat16)
     assert torch.equal(entry, want.bfloat16())
+
+
+@pytest.mark.parametrize(("ratio", "overlap"), KINDS)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8])
+def test_step_is_the_chunk(ratio: int, overlap: bool, tokens: int, normal: Callable[..., Tensor]) -> None:
+    """Every position of a window: the completed entries and their indices, -1 for the others."""
+    channels = 16 if overlap else 8
+    for start in range(2 * ratio, 3 * ratio):
+        kv, gate, ape, norm = (normal(n, channels) for n in (tokens, tokens, ratio, 1))
+        tails = [[normal(2 * ratio if overlap else ratio, channels) for _ in range(2)]]
+        tails.append([tail.clone() for tail in tails[0]])
+        rest, options = (norm[0, :8], torch.tensor([1.0, 0.3])), {"overlap": overlap, "eps": 1e-6}
+        want = compress_kv(kv, gate, ape, *tails[0], *rest, start=start, dtype=torch.bfloat16, **options)
+        positions = torch.arange(start, start + tokens)
+        found, slots = compress_step(
+            kv, gate, ape, *tails[1], *rest, positions, dtype=torch.bfloat16, **options
+        )
+        new, most = len(want), -(-tokens // ratio)
+        assert found.shape == (most, 8) and torch.equal(found[:new], want)
+        assert slots.tolist() == [start // ratio + i for i in range(new)] + [-1] * (most - new)
+        assert all(map(torch.equal, *tails))

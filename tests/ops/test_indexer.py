@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.ops.indexer import index_scores, reference, select_topk
+from dsv4.ops.formats import INDEX_RECORD, decode_rows
+from dsv4.ops.indexer import choose_entries, reference, select_topk
+from dsv4.ops.indexer import index_scores as scores_of_visible
+from dsv4.ops.rows import store_rows
+
+
+def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """Of all entries."""
+    return scores_of_visible(q, keys, weights, torch.full((q.shape[0],), keys.shape[0]))
 
 
 def expected_scores(q: Tensor, keys: Tensor, weights: Tensor) -> np.ndarray:
@@ -22,8 +30,8 @@ def expected_scores(q: Tensor, keys: Tensor, weights: Tensor) -> np.ndarray:
 
 
 def expected_choice(scores: list[float], visible: int, top_k: int) -> list[int]:
-    """The best of the first ``visible`` entries, the lower index among equals, padded with -1."""
-    order = sorted(range(visible), key=lambda j: (-scores[j], j))[:top_k]
+    """The best of the first ``visible`` entries, the lower index among equals, in order, padded with -1."""
+    order = sorted(sorted(range(visible), key=lambda j: (-scores[j], j))[:top_k])
     return order + [-1] * (min(top_k, len(scores)) - len(order))
 
 
@@ -72,7 +80,7 @@ def test_topk_of_the_visible(top_k: int, rng: np.random.Generator, normal: Calla
     visible = rng.integers(0, 51, 60)
     visible[:3] = 0, 50, 1
     chosen = select_topk(scores, torch.from_numpy(visible), top_k=top_k)
-    assert chosen.dtype == torch.int64
+    assert chosen.dtype == torch.int32
     want = [expected_choice(row, int(v), top_k) for row, v in zip(scores.tolist(), visible, strict=True)]
     assert chosen.tolist() == want
 
@@ -90,4 +98,34 @@ def test_ties_go_to_the_lowest_index(rng: np.random.Generator) -> None:
 def test_negative_scores_beat_hidden_entries() -> None:
     scores = torch.tensor([[-1e30, -5.0, 9.0, 9.0]]).expand(3, 4)
     chosen = select_topk(scores, torch.tensor([2, 1, 0]), top_k=3)
-    assert chosen.tolist() == [[1, 0, -1], [0, -1, -1], [-1, -1, -1]]
+    assert chosen.tolist() == [[0, 1, -1], [0, -1, -1], [-1, -1, -1]]
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("top_k", [1, 4, 30])
+def test_choice(top_k: int, rng: np.random.Generator, normal: Callable[..., Tensor]) -> None:
+    """Scores and choice in one, on a table with NaN where nothing is visible."""
+    q, keys, weights = normal(9, 3, 16), normal(20, 16), normal(9, 3)
+    visible = torch.from_numpy(rng.integers(0, 14, 9))
+    visible[:2] = torch.tensor([0, 13])
+    want = [
+        expected_choice(row, int(v), top_k)
+        for row, v in zip(expected_scores(q, keys, weights).tolist(), visible, strict=True)
+    ]
+    keys[13:] = torch.nan
+    chosen = choose_entries(q, keys, weights, visible, top_k=top_k)
+    assert chosen.dtype == torch.int32 and chosen.tolist() == want
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_choice_of_nothing(tokens: int, normal: Callable[..., Tensor]) -> None:
+    visible = torch.zeros(tokens, dtype=torch.int64)
+    chosen = choose_entries(normal(tokens, 2, 8), normal(5, 8), normal(tokens, 2), visible, top_k=3)
+    assert chosen.tolist() == [[-1] * 3] * tokens
+
+
+def test_index_records_are_their_values(normal: Callable[..., Tensor]) -> None:
+    table = torch.zeros(6, INDEX_RECORD, dtype=torch.uint8)
+    store_rows(normal(6, 128).bfloat16(), table, torch.arange(6))
+    q, weights = normal(3, 4, 128).bfloat16(), normal(3, 4)
+    assert torch.equal(index_scores(q, table, weights), index_scores(q, decode_rows(table), weights))

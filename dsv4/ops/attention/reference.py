@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from dsv4.ops.formats import decode_rows
+from dsv4.ops.rope.reference import apply_rope
+
 BLOCK_ELEMENTS = 1 << 24
 
 
@@ -10,6 +13,8 @@ def attend(
     q: Tensor,
     window_kv: Tensor,
     sink: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
     *,
     window: int,
     compressed: Tensor | None = None,
@@ -44,20 +49,53 @@ def attend(
                     None if selected is None else selected[part],
                 )
             )
-        outputs.append(_softmax_sum(sources, sink, q.dtype))
+        o = _softmax_sum(sources, sink, q.dtype)
+        outputs.append(apply_rope(o, positions[first:last], inv_freq, inverse=True).to(q.dtype))
+    return torch.cat(outputs)
+
+
+def attend_step(
+    q: Tensor,
+    window_rows: Tensor,
+    sink: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    *,
+    window: int,
+    compressed: Tensor | None = None,
+    ratio: int = 0,
+    selected: Tensor | None = None,
+) -> Tensor:
+    outputs = [torch.empty_like(q[:0])]
+    for t, position in enumerate(positions.tolist()):  # one by one: no query changes the bits of another
+        seen = torch.arange(max(0, position - window + 1), position + 1, device=q.device)
+        keys = decode_rows(window_rows[seen % window_rows.shape[0]])
+        if compressed is not None:
+            chosen = compressed[: (position + 1) // ratio]
+            if selected is not None:
+                chosen = compressed[selected[t][selected[t] >= 0].long()]
+            keys = torch.cat((keys, decode_rows(chosen)))
+        query, mask = q[t : t + 1], torch.ones((1, keys.shape[0]), dtype=torch.bool, device=q.device)
+        o = _softmax_sum([(_scores(query, keys), mask, keys)], sink, q.dtype)
+        outputs.append(apply_rope(o, positions[t : t + 1], inv_freq, inverse=True).to(q.dtype))
     return torch.cat(outputs)
 
 
 def _compressed_source(
     q: Tensor, compressed: Tensor, visible: Tensor | None, selected: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [t, H, n], mask [t, n] and keys of the compressed entries; the mask is true where attended."""
+    """Scores [t, H, n], mask [t, n] and keys of the compressed entries; the mask is true where attended.
+
+    Rows that nobody attends to become 0: a weight of 0 would not do where they hold NaN.
+    """
     if selected is None:
         assert visible is not None
         mask = torch.arange(compressed.shape[0], device=q.device) < visible[:, None]
-        return _scores(q, compressed), mask, compressed
-    keys = compressed[selected.clamp_min(0)]  # [t, I, Dh]
-    return _scores(q, keys), selected >= 0, keys
+        keys = compressed.masked_fill(~mask.any(dim=0)[:, None], 0)
+    else:
+        mask = selected >= 0
+        keys = compressed[selected.clamp_min(0).long()].masked_fill(~mask[..., None], 0)  # [t, I, Dh]
+    return _scores(q, keys), mask, keys
 
 
 def _scores(q: Tensor, keys: Tensor) -> Tensor:
@@ -65,7 +103,10 @@ def _scores(q: Tensor, keys: Tensor) -> Tensor:
 
 
 def _softmax_sum(sources: list[tuple[Tensor, Tensor, Tensor]], sink: Tensor, dtype: torch.dtype) -> Tensor:
-    """One softmax over all sources and the sink, which adds to the denominator only: [t, H, Dh]."""
+    """One softmax over all sources and the sink, which adds to the denominator only: [t, H, Dh] f32.
+
+    P meets the values in ``dtype``.
+    """
     masked = [scores.masked_fill(~mask[:, None], -torch.inf) for scores, mask, _ in sources]
     peak = torch.cat([scores.amax(dim=-1, keepdim=True) for scores in masked], dim=-1).amax(-1, keepdim=True)
     peak = torch.maximum(peak, sink[:, None])  # [t, H, 1]; guards exp(sink - peak) as well
@@ -75,4 +116,4 @@ def _softmax_sum(sources: list[tuple[Tensor, Tensor, Tensor]], sink: Tensor, dty
         p = torch.exp(scores - peak)
         total = total + p.sum(dim=-1, keepdim=True)
         out = out + p.to(dtype).float() @ keys.float()
-    return (out / total).to(dtype)
+    return out / total

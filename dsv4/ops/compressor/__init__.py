@@ -7,6 +7,7 @@ from dsv4 import _C
 from dsv4.ops.checks import FLOATS, Shapes
 from dsv4.ops.compressor import reference
 from dsv4.ops.dispatch import op
+from dsv4.ops.formats import MAX_STEP
 
 MAX_WIDTH = 4096
 
@@ -39,6 +40,40 @@ def compress_kv(
         inputs = (kv, gate, ape, tail_kv, tail_gate, norm, inv_freq)
         _C.compress_kv(*inputs, entries, tokens, ratio, width, 2 * pairs, start, overlap, eps)
     return entries
+
+
+@op(reference.compress_step, kernel=True)
+def compress_step(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    tail_kv: Tensor,
+    tail_gate: Tensor,
+    norm: Tensor,
+    inv_freq: Tensor,
+    positions: Tensor,
+    *,
+    overlap: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """``compress_kv`` of at most ``MAX_STEP`` tokens whose positions [T] i64 are read on the device alone.
+
+    Returns entries [n, width] of ``dtype``, n = T / ratio rounded up, as many as there may be, and the index
+    of each, [n] i64, or -1 for those that no token completes, whose values are undefined: as ``store_rows``
+    takes them. Same bits; capturable in a CUDA graph. Source: docs/model.md 2.8, 2.9 and 3.
+    """
+    tokens, ratio, width, pairs = _sizes(kv, gate, ape, tail_kv, tail_gate, norm, inv_freq, overlap)
+    Shapes(T=tokens).check("positions", positions, "T", torch.int64)
+    assert dtype in FLOATS, f"dtype: expected one of {FLOATS}, found {dtype}"
+    assert tokens <= MAX_STEP, f"kv: expected at most {MAX_STEP} tokens, found {tokens}"
+    entries = norm.new_empty((-(-tokens // ratio), width), dtype=dtype)
+    slots = positions.new_empty(entries.shape[0])
+    if tokens:
+        inputs = (kv, gate, ape, tail_kv, tail_gate, norm, inv_freq, positions)
+        sizes = (tokens, entries.shape[0], ratio, width, 2 * pairs)
+        _C.compress_step(*inputs, entries, slots, *sizes, overlap, eps)
+    return entries, slots
 
 
 def _sizes(

@@ -29,6 +29,32 @@ def compress_kv(
     return apply_rope(entries, windows * ratio, inv_freq)
 
 
+def compress_step(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    tail_kv: Tensor,
+    tail_gate: Tensor,
+    norm: Tensor,
+    inv_freq: Tensor,
+    positions: Tensor,
+    *,
+    overlap: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    tokens, ratio = kv.shape[0], ape.shape[0]
+    entries = norm.new_zeros((-(-tokens // ratio), norm.shape[0]), dtype=dtype)
+    slots = positions.new_full((entries.shape[0],), -1)
+    if tokens:
+        start = int(positions[0])
+        inputs = (kv, gate, ape, tail_kv, tail_gate, norm, inv_freq)
+        new = compress_kv(*inputs, start=start, overlap=overlap, eps=eps, dtype=dtype)
+        entries[: new.shape[0]] = new
+        slots[: new.shape[0]] = start // ratio + torch.arange(new.shape[0], device=kv.device)
+    return entries, slots
+
+
 def pool_windows(
     kv: Tensor, gate: Tensor, ape: Tensor, tail_kv: Tensor, tail_gate: Tensor, *, start: int, overlap: bool
 ) -> Tensor:
