@@ -90,9 +90,8 @@ class CompressorState:
     def __init__(
         self, ratio: int, width: int, max_context: int, form: RowFormat, device: torch.device
     ) -> None:
-        overlap = ratio == CSA_RATIO
-        shape = (2 * ratio, 2 * width) if overlap else (ratio, width)
-        self.ratio = ratio
+        self.ratio, self.kept = ratio, ratio if ratio == CSA_RATIO else 0
+        shape = (2 * ratio, 2 * width) if self.kept else (ratio, width)
         self.tail_kv = torch.zeros(shape, dtype=torch.float32, device=device)
         self.tail_gate = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
         self.rows = form.table(max(1, max_context // ratio), width, device)
@@ -101,6 +100,11 @@ class CompressorState:
     def has_records(self) -> bool:
         """Whether storing an entry rounds it."""
         return self.rows.dtype == torch.uint8
+
+    def live_tensors(self, position: int) -> list[Tensor]:
+        """What later tokens depend on before ``position``: kept and begun window, all entries."""
+        tail = self.kept + position % self.ratio
+        return [self.tail_kv[:tail], self.tail_gate[:tail], self.rows[: position // self.ratio]]
 
     def reset(self) -> None:
         """Forget the sequence: an unfilled previous window has gates of -inf."""
@@ -197,7 +201,7 @@ class SequenceCache:
         for layer in self.layers:
             tensors.append(layer.window.rows)
             for state in layer.compressors:
-                tensors += [state.tail_kv, state.tail_gate, state.rows[: self.position // state.ratio]]
+                tensors += state.live_tensors(self.position)
         return tensors
 
     def tables(self) -> list[Tensor]:

@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 import dsv4  # noqa: E402
 from bench.decode import machine  # noqa: E402
 from dsv4.device import resolve_device  # noqa: E402
-from dsv4.layers.attention import Attention  # noqa: E402
-from dsv4.layers.indexer import Indexer  # noqa: E402
+from dsv4.layers.indexer import Indexer, IndexProducts  # noqa: E402
 from dsv4.layers.moe import Router  # noqa: E402
 from dsv4.loading.requantize import requantize  # noqa: E402
+from dsv4.ops.indexer import select_topk  # noqa: E402
 
 LENGTH = 2048  # tokens of a window, as in training
 FAR = 512  # from this position on compressed entries reach what the window does not
@@ -70,26 +70,26 @@ def router_in_nvfp4(engine: dsv4.Engine) -> None:
 
 def window_only(engine: dsv4.Engine) -> None:
     """No query sees a compressed entry; they are still made, so that nothing else changes."""
-    plain = Attention._compressed
-
-    def none(self: Attention, *args: object) -> tuple[None, None, None]:
-        plain(self, *args)
-        return None, None, None
-
     for block in engine.model.blocks:
-        block.attn._compressed = none.__get__(block.attn)
+        if block.attn.ratio:
+            block.attn.ratio = 1 << 30  # tokens that an entry seems to wait for; the compressor has its own
 
 
 def random_picks(engine: dsv4.Engine) -> None:
     """The indexers choose as many visible entries as before, at random."""
     generator = torch.Generator(engine.device).manual_seed(0)
 
-    def scores(self: Indexer, q: Tensor, weights: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
-        return torch.rand((q.shape[0], keys.shape[0]), generator=generator, device=q.device)
+    def choose(
+        self: Indexer, products: IndexProducts, positions: Tensor, visible: Tensor, keys: Tensor
+    ) -> Tensor | None:
+        if products.q is None:
+            return None
+        scores = torch.rand((len(positions), len(keys)), generator=generator, device=positions.device)
+        return select_topk(scores, visible, top_k=self.top_k)
 
     for block in engine.model.blocks:
         if block.attn.indexer is not None:
-            block.attn.indexer.scores = scores.__get__(block.attn.indexer)
+            block.attn.indexer.choose = choose.__get__(block.attn.indexer)
 
 
 VARIANTS = (

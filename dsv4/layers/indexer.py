@@ -53,7 +53,7 @@ class Indexer:
         """
         keys = self.compressor.forward(products.kv, products.gate, state, start)  # [n, Di]
         keys = state.extend(self.rounded(keys, state), start + positions.shape[0])  # [C, Di or 68]
-        return self._choose(products, positions, visible, keys)
+        return self.choose(products, positions, visible, keys)
 
     def step(
         self, products: IndexProducts, positions: Tensor, visible: Tensor, state: CompressorState
@@ -61,15 +61,16 @@ class Indexer:
         """``forward`` of up to ``MAX_STEP`` tokens, over the whole table, by positions on the device."""
         keys, slots = self.compressor.step(products.kv, products.gate, state, positions)
         state.store(self.rounded(keys, state), slots)
-        return self._choose(products, positions, visible, state.rows)
+        return self.choose(products, positions, visible, state.rows)
 
     def rounded(self, keys: Tensor, state: CompressorState) -> Tensor:
         """Keys [n, Di] as ``state`` takes them: records rotate and round what they store."""
         return round_index(keys) if self.trained and not state.has_records else keys
 
-    def _choose(
+    def choose(
         self, products: IndexProducts, positions: Tensor, visible: Tensor, keys: Tensor
     ) -> Tensor | None:
+        """The chosen of ``keys`` [C, Di or 68], which are those of all entries; None: every visible one."""
         if products.q is None:
             return None
         q, weights = self.queries(products.q, products.weights, positions)

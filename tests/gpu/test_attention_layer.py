@@ -1,4 +1,4 @@
-"""Whole attention layers of each kind on the GPU: graphs of a step, rows of a step, snapshots, steps and chunks.
+"""Whole attention layers of each kind on the GPU: graphs and rows of a step, snapshots, steps against chunks.
 
 Flash's attention (64 heads of 512, 64 index heads of 128, window 128) on a narrow model with random weights.
 """
@@ -39,8 +39,8 @@ CONFIG = ModelConfig.from_dict(
 )
 KINDS = pytest.mark.parametrize("kind", ["window", "csa", "hca"])
 CONTEXT = 640
-# Before the first HCA entry (position 127) and the ring's first wrap (position 135); what follows in the tests
-# passes both twice.
+# Before the first HCA entry (position 127) and the first wrap of the ring (position 135); the tests
+# pass both twice.
 START = 120
 
 
