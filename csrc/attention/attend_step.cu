@@ -6,22 +6,20 @@
 // only here, from the position and, where entries are selected, from the number of choices. So the order of every sum
 // depends on shapes and on this query's own list: a query has the same bits beside any other seven.
 //
-// A block walks its part in tiles of rows as they are stored. Each row is one bulk copy, and the tile after the one in use
-// is always on its way. Keys are values, so a tile serves both products, 16 heads being the rows of the tensor cores' A
+// A block walks its part in tiles of rows as they are stored; the tile after the one in use is always on its way. Keys are values, so a tile serves both products, 16 heads being the rows of the tensor cores' A
 // operand. 16 warps, four to a scheduler, hide each other's latencies:
 //   S: the warps are four quads; a quad takes every fourth group of eight rows, each of its warps a quarter of the
 //      columns, whose part of q it holds in registers; partial scores meet in shared memory.
 //   P: the online softmax in fp32, maxima through shared memory. P stands there as fp16, shifted by 2^15, and as bf16.
 //   O: warp w has columns 32 w .. + 31 of the output, 16 sums a lane, and reads the tile transposed.
-// A record's 448 codes (e4m3) become fp16 in one instruction a pair when they are read: exact. q as fp16 is exact as well
-// (gemm/units.cuh TokenScale). A block of 64 columns has one power of two a row: S takes it after four MMA steps; for O,
+// A record's 448 codes (e4m3) become fp16 when they are read: exact. A block of 64 columns has one power of two a row: S takes it after four MMA steps; for O,
 // whose warps 2 b and 2 b + 1 have block b, it is multiplied to P in fp16, relative to the largest so far, by which sums
 // are scaled as by the maximum of the softmax. The last 64 columns, and bf16 rows, are multiplied as bf16. No row of the
 // tile shares banks with the next seven: 592 and 1040 bytes are odd multiples of 16.
 // Behind the end of a part rows are zeros and scores -infinity; rows that the query does not see are never read.
 //
 // At the end every block has maximum, denominator and 16 x 512 sums of its part. Block r of the cluster finishes heads
-// r 16 / splits ..: all send it their sums into its shared memory, st.async counted by its barrier; it adds them weighted,
+// r 16 / splits ..: all copy it their sums into its shared memory, counted by its barrier; it adds them weighted,
 // in the order of the parts, with the sink once in the denominator, turns the last 64 columns back and stores.
 //
 // Floor, one query of Flash on an H200: 640 rows of 592 bytes, q and out: 0.5 MB, 0.1 us; 8,320 rows: 4.9 MB, 1.1 us,
@@ -49,7 +47,9 @@ constexpr int kFactorsAt = kStatsAt + kHeads * 16;
 constexpr int kMaximaAt = kFactorsAt + kCodes / kBlockColumns * kFactorBytes;
 constexpr int kSumsAt = kMaximaAt + kHeads * kWarps * 4;
 constexpr int kInverseAt = kSumsAt + kHeads * kWarps * 4;
-constexpr int kBarrierAt = kInverseAt + kHeads * 4;  // of the sums, and of either tile
+constexpr int kSinksAt = kInverseAt + kHeads * 4;  // of the heads that this block finishes
+constexpr int kFrequenciesAt = kSinksAt + 16;
+constexpr int kBarrierAt = kFrequenciesAt + kRotaryPairs * 4;  // of the sums, and of either tile
 constexpr int kTileBarrierAt = kBarrierAt + 8;
 constexpr int kProbsAt = kBarrierAt + 32;
 template <bool records>
@@ -59,14 +59,16 @@ struct Tail {
   static constexpr int kTilesAt = kProbsAt + 2 * kProbBytes;
   static_assert(kWarps * F::kGroups * kWarp * 16 <= kStatsAt && kHeads * F::kQueryPitch <= kStatsAt);
 
-  static __host__ __device__ int selected(const Step& c) { return kTilesAt + c.tiles * c.rows * F::kPitch; }
+  // Where the tiles were, a block's own sums stand at the end.
+  static __host__ __device__ int selected(const Step& c) {
+    const int tiles = c.tiles * c.rows * F::kPitch, sums = kHeads * kWidth * 4;
+    return kTilesAt + (tiles > sums ? tiles : sums);
+  }
 };
 static_assert(kProbsAt % 16 == 0);
 
 // The warps of a quad have arrived, and see what the others wrote.
 __device__ inline void sync_quad(int quad) { asm volatile("bar.sync %0, 128;" ::"r"(1 + quad) : "memory"); }
-// What threads wrote to shared memory before a barrier stands before later bulk copies to the same place.
-__device__ inline void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // What a block knows of its part of the list when it has walked it.
 struct Part {
@@ -179,32 +181,20 @@ __device__ inline void use_tile(Part& part, const uint32_t (&a)[kMySteps][4], un
   }
 }
 
-// A block's sums, maxima and denominators to the blocks that finish their heads.
+// A block's sums to shared memory, [16, 512] f32. Odd heads have columns c and c ^ 16 exchanged, against bank conflicts.
 template <bool records>
-__device__ inline void send_part(const Part& part, const float* sums, bool empty, uint32_t shared, int rank,
-                                 int split_bits, const Place& p) {
-  const int heads = kHeads >> split_bits, odd = p.t % 2;
-  const uint32_t barrier = shared + kBarrierAt;
-  auto place_of = [&](int head) { return rank * heads + head % heads; };
-  if (p.warp == 0 && p.t < 2) {
-    const int head = p.g + 8 * p.t;
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += sums[head * kWarps + w];
-    const float4 v = make_float4(p.t == 0 ? part.most[0] : part.most[1], empty ? 0.0f : sum, 0.0f, 0.0f);
-    store_remote_counted(shared + kStatsAt + 16 * place_of(head), barrier, head / heads, v);
-  }
+__device__ inline void store_sums(const Part& part, float* to, const Place& p) {
+  const int odd = p.t % 2;
   const bool codes = records && p.warp < kCodes / kColumns;
-  const float factor = codes ? scale_of(part.largest) : 1.0f;
+  const float even_by = codes ? scale_of(part.largest) : 1.0f, odd_by = codes ? even_by * kSmall : 1.0f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int head = p.g + 8 * r;
-    const uint32_t row = shared + kReceivedAt + (place_of(head) * kWidth + kColumns * p.warp) * 4;
+    float* row = to + (p.g + 8 * r) * kWidth + kColumns * p.warp;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const float upper[2] = {part.o[2 * c][2 * r], part.o[2 * c][2 * r + 1]};
-      const float lower[2] = {part.o[2 * c + 1][2 * r], part.o[2 * c + 1][2 * r + 1]};
-      float4 v = make_float4(upper[0] * factor, lower[0] * factor, upper[1] * factor, lower[1] * factor);
+      const float upper[2] = {part.o[2 * c][2 * r] * even_by, part.o[2 * c][2 * r + 1] * even_by};
+      const float lower[2] = {part.o[2 * c + 1][2 * r] * odd_by, part.o[2 * c + 1][2 * r + 1] * odd_by};
+      float4 v = make_float4(upper[0], lower[0], upper[1], lower[1]);
       int column = 16 * c + 4 * p.t;
       if (!codes) {  // neighbours exchange pairs, so that each has four columns of one of the two
         const float x = __shfl_xor_sync(kFullMask, odd ? upper[0] : lower[0], 1);
@@ -212,12 +202,30 @@ __device__ inline void send_part(const Part& part, const float* sums, bool empty
         v = odd ? make_float4(x, y, lower[0], lower[1]) : make_float4(upper[0], upper[1], x, y);
         column = 16 * c + 8 * odd + p.t / 2 * 4;
       }
-      store_remote_counted(row + 4 * column, barrier, head / heads, v);
+      *reinterpret_cast<float4*>(row + (column ^ p.g % 2 * 16)) = v;
     }
   }
 }
 
-// Two columns of one head that this block finishes, its own'th, from the sums of `splits` blocks.
+// The sums, maxima and denominators to the blocks that finish their heads. The first warp.
+__device__ inline void send_part(const Part& part, const float* sums, bool empty, uint32_t own_sums, uint32_t shared, int rank,
+                                 int split_bits, const Place& p) {
+  const int heads = kHeads >> split_bits, bytes = heads * kWidth * 4;
+  const uint32_t barrier = shared + kBarrierAt;
+  if (p.lane < 1 << split_bits) {
+    copy_bulk_remote(shared + kReceivedAt + rank * bytes, own_sums + p.lane * bytes, bytes, barrier, p.lane);
+  }
+  if (p.t < 2) {
+    const int head = p.g + 8 * p.t;
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += sums[head * kWarps + w];
+    const float4 v = make_float4(p.t == 0 ? part.most[0] : part.most[1], empty ? 0.0f : sum, 0.0f, 0.0f);
+    store_remote_counted(shared + kStatsAt + 16 * (rank * heads + head % heads), barrier, head / heads, v);
+  }
+}
+
+// Two columns of one head that this block finishes, its own'th, from the sums of `splits` blocks, where they are at `column`.
 template <int splits>
 __device__ inline float2 finish_head(const unsigned char* memory, int own, int column, float sink, int lane) {
   constexpr int kOwn = kHeads / splits;
@@ -280,7 +288,10 @@ __global__ void __launch_bounds__(kThreads, 1) attend_step_kernel(const __grid_c
   // Of the heads that this block finishes, a group of eight warps has one.
   const int own = warp / 8, head = first_head + (rank << (4 - c.split_bits)) + own;
   const bool finishes = own < kHeads >> c.split_bits && head < c.heads;
-  const float sink = finishes ? c.sink[head] * kLog2e : 0.0f, inv_freq = c.inv_freq[lane];
+  float* sinks = reinterpret_cast<float*>(memory + kSinksAt);
+  float* frequencies = reinterpret_cast<float*>(memory + kFrequenciesAt);
+  if (warp % 8 == 0 && finishes) sinks[own] = c.sink[head] * kLog2e;
+  if (warp == 7) frequencies[lane] = c.inv_freq[lane];
   __syncthreads();
   wait_for_launch_before();
 
@@ -295,18 +306,20 @@ __global__ void __launch_bounds__(kThreads, 1) attend_step_kernel(const __grid_c
   }
   const int in_window = min(position + 1, c.window);
   const Rows rows{c, c.selected != nullptr ? selected : nullptr, (position + 1 - in_window) % c.ring, in_window};
-  const int64_t all = in_window + visible;
-  const int begin = int(all * rank >> c.split_bits), length = int(all * (rank + 1) >> c.split_bits) - begin;
+  const int all = in_window + visible;
+  const int begin = all * rank >> c.split_bits, length = (all * (rank + 1) >> c.split_bits) - begin;
   // The first tile has what is left of a whole number of tiles: it is here early.
   const int tiles = one_tile ? min(length, 1) : (length + c.rows - 1) / c.rows;
   const int first_count = length - (tiles - 1) * c.rows;
   auto copy = [&](int tile) {
     const int first = max(length - (tiles - tile) * c.rows, 0), end = length - (tiles - tile - 1) * c.rows;
     const uint32_t barrier = shared + kTileBarrierAt + 8 * (tile % 2);
-    copy_tile<F>(rows, begin + first, end - first, shared + kTilesAt + tile % 2 * c.rows * F::kPitch, barrier, p);
+    const uint32_t to = shared + kTilesAt + tile % 2 * c.rows * F::kPitch;
+    if (tile < tiles) copy_tile<F>(rows, begin + first, end - first, to, barrier, p);
+    commit_copies();
   };
-  if (tiles > 0) copy(0);
-  if (!one_tile && tiles > 1) copy(1);
+  copy(0);
+  if (!one_tile) copy(1);
 
   float* inverse = reinterpret_cast<float*>(memory + kInverseAt);
   query.store(memory + kQueriesAt, inverse, p);
@@ -322,8 +335,13 @@ __global__ void __launch_bounds__(kThreads, 1) attend_step_kernel(const __grid_c
   Part part = {};
   part.most[0] = part.most[1] = -INFINITY;
   for (int tile = 0; tile < tiles; ++tile) {
-    __syncthreads();  // all have used the tile before, or read q
-    if (!one_tile && tile > 0 && tile + 1 < tiles) copy(tile + 1);
+    if (one_tile || tile > 0) {
+      wait_copies<0>();
+    } else {
+      wait_copies<1>();
+    }
+    __syncthreads();  // all have copied their pieces, and used the tile before, or read q
+    if (!one_tile && tile > 0) copy(tile + 1);
     wait_barrier(shared + kTileBarrierAt + 8 * (tile % 2), tile / 2 % 2);
     unsigned char* at = memory + kTilesAt + tile % 2 * c.rows * F::kPitch;
     use_tile<records>(part, a, memory, at, tile == 0 ? first_count : c.rows, tile == tiles - 1, p);
@@ -331,20 +349,27 @@ __global__ void __launch_bounds__(kThreads, 1) attend_step_kernel(const __grid_c
   }
   if (tiles == 0) cluster_arrive_relaxed();
 
+  __syncthreads();  // all have used the last tile
+  store_sums<records>(part, reinterpret_cast<float*>(memory + kTilesAt), p);
+  fence_copies();
+  __syncthreads();
   cluster_wait();
   const float* sums = reinterpret_cast<const float*>(memory + kSumsAt);
-  send_part<records>(part, sums, length == 0, shared, rank, c.split_bits, p);
+  if (warp == 0) send_part(part, sums, length == 0, shared + kTilesAt, shared, rank, c.split_bits, p);
   const bool turned = warp % 8 == 7;  // has the last 64 columns of its head
   float2 angle = {1.0f, 0.0f};
-  if (turned && finishes) angle = rotary_angle(position, inv_freq);
+  if (turned && finishes) angle = rotary_angle(position, frequencies[lane]);
   wait_barrier(shared + kBarrierAt, 0);
-  if (!finishes) return;
-  const int column = 2 * (threadIdx.x % (kThreads / 2));
-  float2 o = c.split_bits == 3 ? finish_head<8>(memory, own, column, sink, lane)
-                               : finish_head<16>(memory, own, column, sink, lane);
-  if (turned) o = rotate(o, make_float2(angle.x, -angle.y));
-  bf16* out = c.out + (int64_t(token) * c.heads + head) * kWidth + column;
-  *reinterpret_cast<uint32_t*>(out) = pack_bf16(o.x, o.y);
+  cluster_arrive_relaxed();  // this block has what the others sent
+  if (finishes) {
+    const int column = 2 * (threadIdx.x % (kThreads / 2)), from = column ^ head % 2 * 16;
+    float2 o = c.split_bits == 3 ? finish_head<8>(memory, own, from, sinks[own], lane)
+                                 : finish_head<16>(memory, own, from, sinks[own], lane);
+    if (turned) o = rotate(o, make_float2(angle.x, -angle.y));
+    bf16* out = c.out + (int64_t(token) * c.heads + head) * kWidth + column;
+    *reinterpret_cast<uint32_t*>(out) = pack_bf16(o.x, o.y);
+  }
+  cluster_wait();  // its own sums have been read
 }
 
 // How many clusters of 8 and of 16 blocks run at once with all of the shared memory; of 16, none where that is no size.
@@ -401,6 +426,7 @@ cudaError_t attend_step(In q, In window_rows, const float* sink, const int64_t* 
   if (!records && window_rows.type != Type::bf16) return cudaErrorInvalidValue;
   if (has_entries && compressed.type != window_rows.type) return cudaErrorInvalidValue;
   if (tokens < 1 || tokens > kMaxStep || heads < 1 || window < 1 || ring < window) return cudaErrorInvalidValue;
+  if (window + entries > INT32_MAX / 16) return cudaErrorInvalidValue;
   if (!has_entries ? selected.data != nullptr : selected.data == nullptr && ratio < 1) return cudaErrorInvalidValue;
   const uintptr_t addresses = uintptr_t(q.data) | uintptr_t(window_rows.data) | uintptr_t(compressed.data);
   if ((addresses | uintptr_t(out.data)) % 16) return cudaErrorMisalignedAddress;

@@ -24,6 +24,7 @@ template <bool records>
 struct Form {
   static constexpr int kRow = records ? 592 : kRowBytes;  // bytes of a row of a table
   static constexpr int kPitch = records ? 592 : kRowBytes + 16;
+  static constexpr int kPieces = kRow / 16;
   static constexpr int kRows = records ? 128 : 64;        // of a tile, at most
   static constexpr int kQueryPitch = kRowBytes + (records ? 32 : 16);  // of q in shared memory
   static constexpr int kGroups = kRows / 8 / kQuads;      // groups of eight rows, a quad's
@@ -58,50 +59,65 @@ __device__ inline void load_transposed(uint32_t (&to)[4], uint32_t at) {
                : "r"(at)
                : "memory");
 }
-// Two of the four codes of a word as fp16. The instruction reads either half of a register; a shift would be one more.
+// Codes as fp16, two of the four of a word. The unit that converts takes 8 cycles for a warp's pair and would limit the kernel,
+// so it gets half of them; of the others integer instructions move sign and magnitude to their places, which makes them
+// 2^-8 of their value. kSmall takes that back.
+constexpr float kSmall = 256.0f;
 __device__ inline uint32_t low_to_f16(uint32_t codes) { return e4m3_to_f16(uint16_t(codes)); }
-__device__ inline uint32_t high_to_f16(uint32_t codes) {
-  uint32_t pair;
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "mov.b32 {low, high}, %1;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, high;\n"
-      "}"
-      : "=r"(pair)
-      : "r"(codes));
-  return pair;
+__device__ inline uint32_t shift_to_f16(uint32_t apart) {  // codes in bits 0 .. 7 and 16 .. 23
+  return (apart + (apart & 0x00800080u)) << 7;
 }
+__device__ inline uint32_t high_to_small_f16(uint32_t codes) { return shift_to_f16(__byte_perm(codes, 0, 0x4342)); }
+__device__ inline uint32_t odd_to_small_f16(uint32_t codes) { return shift_to_f16(__byte_perm(codes, 0, 0x4341)); }
+
 // 2^(byte - 127) of a scale's byte; 0 of 0.
 __device__ inline float scale_of(uint32_t byte) { return __uint_as_float(byte << 23); }
 
 // The list of one query.
 struct Rows {
   const Step& c;
-  const int32_t* selected;  // in shared memory
+  const int32_t* selected;  // in shared memory, or null
   int oldest, in_window;    // slot of the window's first row, and its number of rows
-
-  template <class F>
-  __device__ const uint8_t* at(int e) const {
-    if (e < in_window) {
-      const int slot = oldest + e;
-      return c.window_rows + (slot < c.ring ? slot : slot - c.ring) * F::kRow;
-    }
-    const int entry = e - in_window;
-    return c.compressed + int64_t(c.selected != nullptr ? selected[entry] : entry) * F::kRow;
-  }
 };
 
-// Rows first .. first + count - 1 of the list are on their way to a tile, each in one copy, counted by `barrier`.
+// Rows first .. first + count - 1 of the list are on their way to a tile: neighbours of a table in one bulk copy, counted by
+// `barrier`, chosen entries by cp.async, all threads'.
 template <class F>
 __device__ inline void copy_tile(const Rows& rows, int first, int count, uint32_t tile, uint32_t barrier, const Place& p) {
-  if (threadIdx.x == 0) expect_bytes(barrier, count * F::kRow);
-  for (int row = p.warp + kWarps * p.lane; row < count; row += kThreads) {
-    copy_bulk(tile + row * F::kPitch, rows.at<F>(first + row), F::kRow, barrier);
+  const Step& c = rows.c;
+  const int in_window = min(max(rows.in_window - first, 0), count);
+  const bool scattered = rows.selected != nullptr;
+  if (p.warp == 0) {
+    if (p.lane == 0) expect_bytes(barrier, (scattered ? in_window : count) * F::kRow);
+    auto copy = [&](const uint8_t* from, int to, int n) {
+      if (F::kPitch == F::kRow) {
+        if (p.lane == 0 && n > 0) copy_bulk(tile + to * F::kPitch, from, n * F::kRow, barrier);
+      } else {
+        for (int i = p.lane; i < n; i += kWarp) copy_bulk(tile + (to + i) * F::kPitch, from + i * F::kRow, F::kRow, barrier);
+      }
+    };
+    const int slot = (rows.oldest + first) % c.ring, until_end = min(in_window, c.ring - slot);
+    copy(c.window_rows + slot * F::kRow, 0, until_end);
+    copy(c.window_rows, until_end, in_window - until_end);
+    if (!scattered) {
+      const int entry = first + in_window - rows.in_window;
+      copy(c.compressed + int64_t(entry) * F::kRow, in_window, count - in_window);
+    }
+  }
+  if (scattered) {
+    const int32_t* entries = rows.selected + (first + in_window - rows.in_window);
+    const int pieces = (count - in_window) * F::kPieces;
+    for (int i = threadIdx.x; i < pieces; i += kThreads) {
+      const int row = i / F::kPieces, piece = i - row * F::kPieces;
+      const uint8_t* from = c.compressed + int64_t(entries[row]) * F::kRow + 16 * piece;
+      copy_async_piece(tile + (in_window + row) * F::kPitch + 16 * piece, from);
+    }
   }
 }
 
-// q of the warp's head, on the way to shared memory. For records the columns of codes become fp16, and all are multiplied
-// by a power of two, whose inverse is kept.
+// q of the warp's head, on the way to shared memory. For records all is multiplied by a power of two, whose inverse is kept:
+// the largest magnitude comes to 2^6 .. 2^7. The columns of codes become fp16, those whose codes will be kSmall times as
+// large: exact above 2^-23 of the largest, with an error below 2^-31 of it elsewhere.
 template <bool records>
 struct Query {
   uint4 piece[2];
@@ -117,16 +133,20 @@ struct Query {
     float factor = 1.0f;
     if constexpr (records) {
       const TokenScale scale(__reduce_max_sync(kFullMask, max(largest_bits(piece[0]), largest_bits(piece[1]))));
-      factor = scale.factor;
-      if (p.lane == 0) inverse[p.warp] = scale.inverse;
+      factor = scale.factor / kSmall;
+      if (p.lane == 0) inverse[p.warp] = scale.inverse * kSmall;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * (p.lane + i * kWarp);
       uint4 v = piece[i];
-      if constexpr (records) v = column < kCodes ? scale_to_f16(v, factor) : scaled(v, factor);
+      if constexpr (records) v = column < kCodes ? to_f16(v, factor) : scaled(v, factor);
       *reinterpret_cast<uint4*>(to + p.warp * Form<records>::kQueryPitch + 2 * column) = v;
     }
+  }
+  static __device__ uint4 to_f16(const uint4& v, float factor) {
+    const uint4 low = scale_to_f16(v, factor), high = scale_to_f16(v, factor * kSmall);
+    return {low.x, high.y, low.z, high.w};
   }
   static __device__ uint4 scaled(const uint4& v, float factor) {
     auto multiply = [&](uint32_t pair) {
@@ -181,21 +201,17 @@ __device__ inline void multiply_scores(float (&s)[2][4], const uint32_t (&a)[kMy
   };
   if constexpr (records) {
     uint32_t codes[2][2][4];
-    uint32_t scales[2][2];  // of rows 2 t, 2 t + 1
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       load_matrices(codes[r][0], at[r] + 2 * kBlockColumns * p.quarter);
       load_matrices(codes[r][1], at[r] + 2 * kBlockColumns * p.quarter + kBlockColumns);  // for the last quarter bf16, not used
-      const unsigned char* scales_at = tile[r] + 2 * p.t * kPitch + kScalesAt + 2 * p.quarter;
-      scales[r][0] = *reinterpret_cast<const uint16_t*>(scales_at);
-      scales[r][1] = *reinterpret_cast<const uint16_t*>(scales_at + kPitch);
     }
     auto multiply_codes = [&](int block, int i) {
       const uint32_t(&q)[4] = a[kHalf * block + i];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t word = codes[r][block][i];
-        mma_f16(d[r][block], q[0], q[1], q[2], q[3], low_to_f16(word), high_to_f16(word));
+        mma_f16(d[r][block], q[0], q[1], q[2], q[3], low_to_f16(word), high_to_small_f16(word));
       }
     };
     if (p.quarter < 3) {
@@ -210,8 +226,8 @@ __device__ inline void multiply_scores(float (&s)[2][4], const uint32_t (&a)[kMy
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float first = scale_of(scales[r][row] & 0xff);
-        const float second = p.quarter < 3 ? scale_of(scales[r][row] >> 8) : 1.0f;
+        const unsigned char* scales = tile[r] + (2 * p.t + row) * kPitch + kScalesAt + 2 * p.quarter;
+        const float first = scale_of(scales[0]), second = p.quarter < 3 ? scale_of(scales[1]) : 1.0f;
 #pragma unroll
         for (int j = row; j < 4; j += 2) s[r][j] = fmaf(d[r][0][j], first, d[r][1][j] * second);
       }
@@ -251,7 +267,7 @@ __device__ inline void prepare_factors(const unsigned char* tile, int padded, un
 }
 
 // o += P times columns 32 warp .. + 31 of the tile. Sums of codes: o[2 c] has columns 16 c + 4 t and + 2, o[2 c + 1] the
-// ones behind them; of bf16: o[n] has 8 n + 2 t, + 1. Of each, values 0, 1 are head g's and 2, 3 head (g + 8)'s.
+// ones behind them, kSmall times too small; of bf16: o[n] has 8 n + 2 t, + 1. Of each, values 0, 1 are head g's and 2, 3 head (g + 8)'s.
 template <bool codes, class F>
 __device__ inline void multiply_values(float (&o)[4][4], uint32_t tile, uint32_t probs, const unsigned char* factors,
                                        int padded, const Place& p) {
@@ -260,7 +276,7 @@ __device__ inline void multiply_values(float (&o)[4][4], uint32_t tile, uint32_t
   const int first = kColumns * p.warp;
   const int column_at = codes ? first : F::kRow == kRowBytes ? 2 * first : kCodes + 2 * (first - kCodes);
   const uint32_t at = tile + p.lane % 16 * F::kPitch + column_at + p.lane / 16 * 16;
-#pragma unroll 2
+#pragma unroll(codes ? 2 : 1)
   for (int step = 0; step < padded / 16; ++step) {
     uint32_t a[4], b[4];
     load_matrices(a, probs_at + 32 * step);
@@ -270,11 +286,10 @@ __device__ inline void multiply_values(float (&o)[4][4], uint32_t tile, uint32_t
       a[0] = multiply_f16(a[0], factor.x), a[1] = multiply_f16(a[1], factor.x);
       a[2] = multiply_f16(a[2], factor.y), a[3] = multiply_f16(a[3], factor.y);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[i] = __byte_perm(b[i], 0, 0x3120);  // two rows' first, two rows' second column
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        mma_f16(o[2 * i], a[0], a[1], a[2], a[3], low_to_f16(b[2 * i]), low_to_f16(b[2 * i + 1]));
-        mma_f16(o[2 * i + 1], a[0], a[1], a[2], a[3], high_to_f16(b[2 * i]), high_to_f16(b[2 * i + 1]));
+      for (int i = 0; i < 4; i += 2) {  // b[i], b[i + 1]: two columns of two rows each
+        const uint32_t first = __byte_perm(b[i], 0, 0x4420), below = __byte_perm(b[i + 1], 0, 0x4420);
+        mma_f16(o[i], a[0], a[1], a[2], a[3], low_to_f16(first), low_to_f16(below));
+        mma_f16(o[i + 1], a[0], a[1], a[2], a[3], odd_to_small_f16(b[i]), odd_to_small_f16(b[i + 1]));
       }
     } else {
 #pragma unroll

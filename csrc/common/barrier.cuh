@@ -39,6 +39,21 @@ __device__ inline void copy_bulk(uint32_t shared, const void* global, int bytes,
                : "memory");
 }
 
+// Copy `bytes`, a multiple of 16, from this block's shared memory to the place `there` of block `rank` of this cluster, whose
+// barrier of that place counts them. What was written here must have been fenced for copies.
+__device__ inline void copy_bulk_remote(uint32_t there, uint32_t from, int bytes, uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 place, counter;\n"
+      "mapa.shared::cluster.u32 place, %0, %4;\n"
+      "mapa.shared::cluster.u32 counter, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [place], [%1], %2, [counter];\n"
+      "}" ::"r"(there), "r"(from), "r"(bytes), "r"(barrier), "r"(rank)
+      : "memory");
+}
+// What this thread wrote to shared memory stands before the bulk copies that follow, its own or behind a barrier.
+__device__ inline void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Store to the same place in the shared memory of block `rank` of this cluster; its barrier of the same place counts it.
 __device__ inline void store_remote_counted(uint32_t mine, uint32_t barrier, int rank, const float4& v) {
   asm volatile(
