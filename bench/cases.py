@@ -8,6 +8,7 @@ import torch
 
 from bench.attention_cases import attention_cases
 from bench.harness import ROOT, Case, Draw
+from bench.indexer_cases import indexer_cases
 from bench.matrix_cases import matrix_cases
 from dsv4.ops import compressor, embed, mhc, norm, quant, rope, router, sampling
 from dsv4.ops.formats import Plain
@@ -355,6 +356,6 @@ def all_cases(models: tuple[Sizes, ...] = (FLASH, PRO), large: int = LARGE) -> l
     ]
     cases += [make(models[0], min(tokens, large)) for make in OF_ANY_MODEL for tokens in FEW]
     cases += compress_cases(models[0], large) + sample_cases(models[0]) + matrix_cases(models, large)
-    cases += attention_cases(models, large)
+    cases += attention_cases(models, large) + indexer_cases(models, large)
     rooms = list(dict.fromkeys(case.room for case in cases))
     return sorted(cases, key=lambda case: rooms.index(case.room))

@@ -200,6 +200,17 @@ cudaError_t attend_wgmma(In q, In window_kv, const float* sink, const int64_t* p
                          int64_t tokens, int64_t heads, int64_t before, int64_t window, int64_t entries, int64_t top_k,
                          cudaStream_t stream);
 
+// room indexer: keys [C, 128] bf16 or index records [C, 68]; heads of 128 values, up to 128 of them. Of the entries that
+// a query sees, none is scored where they are not more than `least`. portable: mma.sync on every architecture.
+cudaError_t index_scores(In q, In keys, const float* weights, const int64_t* visible, float* out, int64_t tokens,
+                         int64_t heads, int64_t entries, int64_t least, bool portable, cudaStream_t stream);
+cudaError_t index_scores_f32(const float* q, const float* keys, const float* weights, const int64_t* visible,
+                             float* out, int64_t tokens, int64_t heads, int64_t entries, int64_t least,
+                             cudaStream_t stream);
+// out [T, min(top_k, C)]. Where no more than top_k entries are visible, no score is read.
+cudaError_t select_topk(const float* scores, const int64_t* visible, int32_t* out, int64_t tokens, int64_t entries,
+                        int64_t top_k, cudaStream_t stream);
+
 // benchmarks
 cudaError_t read_stream(const float* x, float* out, int64_t vectors, int64_t blocks, cudaStream_t stream);
 

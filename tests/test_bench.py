@@ -13,6 +13,7 @@ from bench import ops
 from bench.attention_cases import Chunk
 from bench.cases import LARGE, all_cases, compressed_bytes
 from bench.harness import Case, Draw, count_launches, count_sets, gpu_slug, is_met, save, size_of
+from bench.indexer_cases import Queries
 from bench.matrix_cases import choices, distinct_experts, experts_bytes
 from bench.weights import random_weight, weight_bytes
 from dsv4.ops.formats import dequantize, nbytes, shape_of
@@ -117,6 +118,15 @@ def test_operations_of_attention() -> None:
     assert Chunk(FLASH, 1, 9).flop == 4 * 64 * 512 * 10
 
 
+def test_bytes_and_operations_of_the_indexer() -> None:
+    """Records of 68 bytes once; of 6 queries at the end of 11 tokens, ratio 4, two see 1 entry, four 2."""
+    queries = Queries(FLASH, 6, 11)
+    assert queries.entries == 2 and queries.visible == [1, 1, 2, 2, 2, 2]
+    assert queries.input_bytes == 2 * 68 + 6 * (64 * (256 + 4) + 8)
+    assert queries.score_bytes == 10 * 4 and queries.choice_bytes == 6 * 2 * 4
+    assert queries.flop == 10 * 64 * 128 * 2
+
+
 def test_cases_have_names_of_their_own_and_the_targets() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     targets = {(case.op, case.case): case.target for case in CASES if case.target}
@@ -131,6 +141,8 @@ def test_cases_have_names_of_their_own_and_the_targets() -> None:
     assert targets["linear", "129280 x 4096 nvfp4, 1 token"] == "<= 78 us"
     assert targets["linear", "8192 x 4096 nvfp4, 8192 tokens"] == ">= 350 TFLOPS"
     assert targets["attend", "CSA, Flash, 8192 tokens at 0"] == ">= 350 TFLOPS"
+    assert targets["choose_entries", "Flash, 1 token, 262144 entries"] == "<= 25 us"
+    assert targets["choose_entries", "Flash, 8192 tokens, 16384 entries"] == "<= 4500 us"
     experts = [case.target for case in CASES if case.room == "moe"]
     assert experts == ["<= 29 us", "<= 32 us", "<= 175 us", "<= 70 us"]
     steps = [case for case in CASES if case.room == "compressor" and str(LARGE) not in case.case]

@@ -1,25 +1,25 @@
 // index_scores: ops/indexer/reference.py for bf16 queries: score[t, j] = sum_h w[t, h] relu(q[t, h] . k[j]).
 //
-// Keys are rows of the product, heads its columns: a warp has 16 keys of 128 dims as A operands in registers, made once of
-// index records or bf16 rows, and multiplies them with one query after another. Of a query, 64 heads are a slot of B
-// in shared memory; more heads are a second slot. A block has up to eight slots, staged once, and its three groups
-// of four warps walk through tiles of 64 keys; the next tile's bytes come while this one is multiplied. relu, weights and
+// Keys are rows of the product, heads its columns: a warp has 16 keys of 128 dims as A operands in registers, made once
+// of index records or bf16 rows, and multiplies them with one query after another. Of a query, 64 heads are a slot of B
+// in shared memory; more heads are a second slot. A block has up to eight slots, staged once, and its three groups of
+// four warps walk through tiles of 64 keys; the next tile's bytes come while this one is multiplied. relu, weights and
 // the sum over heads happen on the sums in registers, 16 heads a thread in ascending order, then over four lanes: the
-// [heads x keys] products never leave the registers. Two forms of the inner product share all of this: wgmma of sm_90a, where
-// the sums of one slot are finished while the next one is multiplied, and mma.sync.
+// [heads x keys] products never leave the registers. Two forms of the inner product share all of this: wgmma of sm_90a,
+// where the sums of one slot are finished while the next one is multiplied, and mma.sync.
 //
-// The sum over dims may be taken in any fixed order. Lane 4 g + t takes dims 8 t .. 8 t + 7 of each 32: one word of a record,
-// or 16 bytes of bf16. Word i of their four pairs is half i % 2 of MMA step 2 p + i / 2 of 32-dim block p; a pair is the
-// dims (i, i + 4) of records, so that shifts and masks alone make it of the word, and (2 i, 2 i + 1) of bf16. Queries are
-// staged in the same order. e2m1 codes become bf16 times 2^-126, which the multiplication by the scale takes back, but for
-// 2^-32: so scales from 2^-94 to 2^33 are exact, and the weights take the rest.
+// The sum over dims may be taken in any fixed order. Lane 4 g + t takes dims 8 t .. 8 t + 7 of each 32: one word of a
+// record, or 16 bytes of bf16. Word i of their four pairs is half i % 2 of MMA step 2 p + i / 2 of 32-dim block p; a
+// pair is the dims (i, i + 4) of records, so that shifts and masks alone make it of the word, and (2 i, 2 i + 1) of
+// bf16. Queries are staged in the same order. e2m1 codes become bf16 times 2^-126, which the multiplication by the
+// scale takes back, but for 2^-32: so scales from 2^-94 to 2^33 are exact, and the weights take the rest.
 //
 // Tile i belongs to group i / splits % 3 of split i % splits: what is visible spreads over all blocks, whatever the
 // table's capacity, and a block without a visible tile leaves. A score's bits depend on nothing but its query and key.
 //
-// Floor: 68 bytes a key, 2 * 128 flop a key and head. One query, 64 heads: 4,096 keys 0.28 MB, 262,144 keys 17.8 MB: 4.1 us,
-// and 4.3 GFLOP: 4.6 us of an H200's 940 TFLOPS. Expected: 3 us (launch 1, visible and keys 0.8, the rest latency),
-// 32,768 keys 3.5 us, 262,144 keys 8 us. 8,192 queries at 15,400 keys: 2.06 TFLOP, 2.2 ms; expected 3 ms.
+// Floor: 68 bytes a key, 2 * 128 flop a key and head. One query, 64 heads: 4,096 keys 0.28 MB, 262,144 keys 17.8 MB:
+// 4.1 us, and 4.3 GFLOP: 4.6 us of an H200's 940 TFLOPS. Expected: 3 us (launch 1, visible and keys 0.8, the rest
+// latency), 32,768 keys 3.5 us, 262,144 keys 8 us. 8,192 queries at 15,400 keys: 2.06 TFLOP, 2.2 ms; expected 3 ms.
 // sass index_scores_kernel: LDG.E, STG.E
 #include "common/device.cuh"
 #include "common/launch.cuh"
@@ -150,7 +150,8 @@ __device__ void stage_queries(const Scores& p, int first, int count, unsigned ch
     const int row = i / 128 % 8 * 8 + i / 4 % 8, query = slot / p.parts, head = slot % p.parts * kHeads + row;
     uint4 v = {};
     if (query < count && head < p.heads) {
-      v = *reinterpret_cast<const uint4*>(p.q + (int64_t(first + query) * p.heads + head) * kWidth + 32 * block + 8 * t);
+      const bf16* from = p.q + (int64_t(first + query) * p.heads + head) * kWidth;
+      v = *reinterpret_cast<const uint4*>(from + 32 * block + 8 * t);
     }
     v = Keys::arrange(v);
     unsigned char* half = slots + slot * kSlot + block / 2 * kHalfSlot + 4 * t;
@@ -171,7 +172,7 @@ __device__ void stage_queries(const Scores& p, int first, int count, unsigned ch
 struct Sums {
   float upper[2] = {}, lower[2] = {};
 
-  // d: the products of eight heads 8 j + .. with both keys, as mma_bf16 leaves them; w: the weights of heads 2 t, 2 t + 1.
+  // d: the products of eight heads 8 j + .. with both keys, as mma_bf16 leaves them; w: weights of heads 2 t, 2 t + 1.
   __device__ void add(const float* d, const float2& w) {
     upper[0] = fmaf(w.x, fmaxf(d[0], 0.0f), upper[0]);
     upper[1] = fmaf(w.y, fmaxf(d[1], 0.0f), upper[1]);
@@ -287,7 +288,9 @@ __global__ void __launch_bounds__(kThreads, 1) index_scores_kernel(const Scores 
   float* const weights = reinterpret_cast<float*>(slots + p.slots * kSlot);
 
   const int in_tile = warp % 4 * 16, stride = p.splits * kGroups;
-  int tile = split + warp / 4 * p.splits;
+  // Whole warps walk through the tiles, as wgmma needs it; the shuffle lets the compiler know.
+  const int group = __shfl_sync(kFullMask, warp / 4, 0);
+  int tile = split + group * p.splits;
   wait_for_launch_before();
   Keys keys;
   if (Keys::kAhead) keys.load(p.keys, tile * kTile + in_tile + g, p.entries - 1, t);  // there may be no such row to see
@@ -335,7 +338,8 @@ cudaError_t start(Scores p, cudaStream_t stream) {
   // One block a multiprocessor for a step; several, so that they end at about the same time, for many queries.
   const int64_t splits = ceil_div(p.tokens > kStep ? 4 * processors : processors, blocks);
   p.splits = int(splits < tiles ? splits : tiles);
-  const Grid grid = {.blocks = blocks * p.splits, .threads = kThreads, .shared = shared_bytes(p.slots), .overlap = true};
+  const size_t shared = shared_bytes(p.slots);
+  const Grid grid = {.blocks = blocks * p.splits, .threads = kThreads, .shared = shared, .overlap = true};
   return launch(kernel, grid, stream, p);
 }
 
@@ -349,6 +353,7 @@ cudaError_t index_scores(In q, In keys, const float* weights, const int64_t* vis
   p.tokens = int(tokens), p.heads = int(heads), p.entries = int(entries);
   p.least = int(least < entries ? least : entries);
   p.parts = int(ceil_div(heads, kHeads));
+  if (!portable && !kHasWgmma) return cudaErrorNotSupported;
   auto start_keys = [&](auto format) {
     using Keys = decltype(format);
     if constexpr (kHasWgmma) {
