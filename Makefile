@@ -26,16 +26,19 @@ gpu-test:
 	python=$$($(ENV) pytest) && "$$python" -m pytest $(GPU_TESTS) --gpu-record
 
 # Every tensor gets an allocation of its own, so that reading past its end is seen. Without torch's allocator nothing can
-# be captured in a graph, which is all that the benchmarks' test does, and it does not know how much memory is in use; the
-# whole model would take too long. With -j2 both tools run at once, and several rooms may run beside each other.
-SANITIZED = $(GPU_TESTS) --small --ignore=tests/gpu/test_bench.py --ignore=tests/gpu/test_model.py \
-  --deselect tests/gpu/test_pack.py::test_no_memory_beyond_the_output \
-  --deselect tests/gpu/test_pack.py::test_a_model_is_packed_and_planned \
-  --deselect tests/gpu/test_router_fused.py::test_launches_in_a_row
+# be captured in a graph, which is all that the benchmarks' test does; the whole model would take too long. Only our
+# kernels are looked at, in few cases (--small: tests/gpu_session.py). With -j2 both tools run at once; more at a time
+# wait for each other, since freeing memory waits for the GPU.
+SANITIZED = $(GPU_TESTS) --small --ignore=tests/gpu/test_bench.py --ignore=tests/gpu/test_model.py
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dsv4 --error-exitcode 1
+# Parts of the names of kernels that racecheck leaves out, because compute-sanitizer 2025.3.1 ends with "Sanitizer failed
+# to handle a hardware exception" where they run; memcheck looks at them. What they do that it cannot follow is not known:
+# small programs with st.async, bulk copies and barriers between the blocks of a cluster pass.
+NOT_RACECHECKED = gemv_mma
 gpu-sanitize: gpu-memcheck gpu-racecheck
+gpu-racecheck: LEFT_OUT = $(NOT_RACECHECKED:%=--kernel-name-exclude kns=%)
 gpu-memcheck gpu-racecheck:
-	python=$$($(ENV) pytest) && $(SANITIZER) --tool $(@:gpu-%=%) "$$python" -m pytest $(SANITIZED)
+	python=$$($(ENV) pytest) && $(SANITIZER) --tool $(@:gpu-%=%) $(LEFT_OUT) "$$python" -m pytest $(SANITIZED)
 
 bench:
 	python=$$($(ENV)) && "$$python" -m bench.ops $(if $(ROOM),--room $(ROOM),&& "$$python" -m bench.gemm) && "$$python" -m bench.tables

@@ -311,6 +311,25 @@ def sample_cases(sizes: Sizes) -> list[Case]:
     ]
 
 
+def argmax_head(sizes: Sizes) -> Case:
+    """Bytes are those of the screening; of the head itself only a few rows are read."""
+    vocab, width = sizes.vocab, sizes.hidden
+
+    def inputs(draw: Draw) -> tuple[torch.Tensor, sampling.ScreenedHead]:
+        weight = draw.normal(vocab, width).mul_(width**-0.5)
+        return draw.normal(1, width), sampling.screen_head(weight)
+
+    return Case(
+        room="sampling",
+        op="argmax_head",
+        case=f"{sizes.name.capitalize()}, greedy",
+        inputs=inputs,
+        call=sampling.argmax_head,
+        bytes=BF16 * width + vocab * (width + 3 * F32) + 8,
+        flop=2 * vocab * width,
+    )
+
+
 def embed_streams(sizes: Sizes, tokens: int) -> Case:
     """One table for all; each launch has other tokens."""
     row = sizes.hidden * BF16
@@ -355,7 +374,7 @@ def all_cases(models: tuple[Sizes, ...] = (FLASH, PRO), large: int = LARGE) -> l
         for tokens in counts
     ]
     cases += [make(models[0], min(tokens, large)) for make in OF_ANY_MODEL for tokens in FEW]
-    cases += compress_cases(models[0], large) + sample_cases(models[0]) + matrix_cases(models, large)
-    cases += attention_cases(models, large) + indexer_cases(models, large)
+    cases += compress_cases(models[0], large) + sample_cases(models[0]) + [argmax_head(models[0])]
+    cases += matrix_cases(models, large) + attention_cases(models, large) + indexer_cases(models, large)
     rooms = list(dict.fromkeys(case.room for case in cases))
     return sorted(cases, key=lambda case: rooms.index(case.room))

@@ -146,19 +146,41 @@ def expert_cases(flash: Sizes, pro: Sizes) -> list[Case]:
 # The rest: the router in one launch, and what a load does.
 
 
-def route_topk(sizes: Sizes, tokens: int) -> Case:
-    def inputs(draw: Draw) -> tuple[Any, ...]:
-        weight = Plain(draw.normal(sizes.experts, sizes.hidden).mul_(sizes.hidden**-0.5))
-        return draw.normal(tokens, sizes.hidden), weight, draw.f32(sizes.experts, scale=0.1)
+def gate_inputs(draw: Draw, sizes: Sizes, tokens: int) -> tuple[torch.Tensor, Plain]:
+    weight = Plain(draw.normal(sizes.experts, sizes.hidden).mul_(sizes.hidden**-0.5))
+    return draw.normal(tokens, sizes.hidden), weight
 
+
+def route_target(sizes: Sizes, tokens: int) -> str | None:
+    """Of one launch that routes, whoever chooses."""
+    return "<= 5 us" if tokens == 1 and sizes.name == "flash" else None
+
+
+def route_topk(sizes: Sizes, tokens: int) -> Case:
     return Case(
         room="router",
         op="route_topk",
         case=f"{sizes.name.capitalize()}, {tokens_of(tokens)}",
-        inputs=inputs,
+        inputs=lambda draw: (*gate_inputs(draw, sizes, tokens), draw.f32(sizes.experts, scale=0.1)),
         call=lambda x, weight, bias: router.route_topk(x, weight, bias, top_k=sizes.chosen, scale=GATE_SCALE),
         flop=2 * tokens * sizes.experts * sizes.hidden,
-        target="<= 5 us" if tokens == 1 and sizes.name == "flash" else None,
+        target=route_target(sizes, tokens),
+    )
+
+
+def route_hash(sizes: Sizes, tokens: int) -> Case:
+    """One table for all launches, of which each reads the rows of its own tokens."""
+    experts, width, chosen = sizes.experts, sizes.hidden, sizes.chosen
+    return Case(
+        room="router",
+        op="route_hash",
+        case=f"{sizes.name.capitalize()}, {tokens_of(tokens)}",
+        inputs=lambda draw: (*gate_inputs(draw, sizes, tokens), draw.integers(sizes.vocab, tokens)),
+        shared=lambda draw: (draw.integers(experts, sizes.vocab, chosen),),
+        call=lambda x, weight, ids, table: router.route_hash(x, weight, ids, table, scale=GATE_SCALE),
+        bytes=2 * width * (experts + tokens) + tokens * (8 + chosen * (8 + 4 + 8)),
+        flop=2 * tokens * experts * width,
+        target=route_target(sizes, tokens),
     )
 
 
@@ -182,6 +204,6 @@ def pack_cases(sizes: Sizes) -> list[Case]:
 def matrix_cases(models: tuple[Sizes, ...], large: int) -> list[Case]:
     """Those of the first model, and one token's experts and router of the last."""
     flash, pro = models[0], models[-1]
-    cases = [route_topk(flash, 1), route_topk(flash, 8), route_topk(pro, 1)]
+    cases = [route(*of) for route in (route_topk, route_hash) for of in ((flash, 1), (flash, 8), (pro, 1))]
     cases += linear_cases(flash, large) + expert_cases(flash, pro)
     return cases + pack_cases(flash)

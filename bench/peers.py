@@ -1,12 +1,14 @@
-"""Products of few tokens against other libraries': ``python -m bench.peers [--peers P ...] [--out JSON]``.
+"""Products of few tokens against other libraries': ``python -m bench.peers [--peers P ...] [--only N ...]``.
 
 Every peer multiplies 1, 8 and 32 tokens with each matrix of Flash, timed as in ``bench.harness``: launches
 one after another, weights rotating over more than four times the L2. Bytes are weights and scales. A peer's
 result is first compared with the product of the weights that its codes stand for. A peer whose package is
-missing is skipped. A run of all peers writes ``bench/results/peers-<gpu>.json``.
+missing is skipped. A run of all peers on all matrices writes ``bench/results/peers-<gpu>.json``, or what
+``--out`` names; with ``--add`` any run puts its rows in the file, where the others stay.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -208,29 +210,56 @@ def line_of(row: dict[str, Any]) -> str:
     return f"{row['peer']:8} {shape:26} {numbers}  {row['way']}".rstrip()
 
 
+def place_of(row: dict[str, Any]) -> tuple[int, int, int]:
+    """What was measured, as its place in a file: matrix, tokens, peer."""
+    matrix = shapes_of(FLASH).index((row["n"], row["k"]))
+    return matrix, list(PEERS).index(row["peer"]), row["tokens"]
+
+
+def add_row(result: dict[str, Any], row: dict[str, Any]) -> None:
+    """Put a row in its place, instead of an older one, with the file's commit and date if it has none."""
+    stamped = {key: result[key] for key in ("commit", "date")} | row
+    others = [other for other in result["rows"] if place_of(other) != place_of(row)]
+    result["rows"] = sorted([*others, stamped], key=place_of)
+    result["complete"] = len(result["rows"]) == len(shapes_of(FLASH)) * len(PEERS) * len(STEP_TOKENS)
+
+
+def start_from(result: dict[str, Any], path: Path) -> None:
+    """Take over the peers and rows of the file of an earlier run."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    assert before["gpu"] == result["gpu"], f"{path}: expected rows of {result['gpu']}, found {before['gpu']}"
+    result["peers"] = [name for name in PEERS if name in {*before["peers"], *result["peers"]}]
+    for row in before["rows"]:
+        add_row(result, {key: before[key] for key in ("commit", "date")} | row)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    rows_of_all = list(dict.fromkeys(n for n, _ in shapes_of(FLASH)))
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="P")
+    only = {"choices": rows_of_all, "default": rows_of_all, "help": "matrices of so many rows"}
+    parser.add_argument("--only", nargs="+", type=int, metavar="N", **only)
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other runs")
     parser.add_argument("--out", type=Path, metavar="JSON")
     args = parser.parse_args(argv)
     resolve_device("cuda")
     names, failed = load_peers([name for name in PEERS if name in args.peers]), 0
-    path = args.out or (harness.result_path("peers") if set(args.peers) == set(PEERS) else None)
+    whole = set(args.peers) == set(PEERS) and set(args.only) == set(rows_of_all)
+    path = args.out or (harness.result_path("peers") if whole or args.add else None)
     result = harness.new_result("peers", peers=names)
-    for n, k in shapes_of(FLASH):
+    if path and args.add and path.is_file():
+        start_from(result, path)
+    for n, k in (shape for shape in shapes_of(FLASH) if shape[0] in args.only):
         for name in names:
             try:
                 for row in measure_peer(name, n, k, result["ceilings"]["stream_gbs"]):
                     print(line_of(row), flush=True)
-                    result["rows"].append(row)
+                    add_row(result, row)
+                    if path:
+                        harness.save(path, result)
             except FAILURES as error:
                 failed += 1
                 print(f"{name}, {n} x {k}: {type(error).__name__}: {error}", file=sys.stderr)
-        if path:
-            harness.save(path, result)
-    result["complete"] = not failed and names == list(PEERS)
-    if path and result["rows"]:
-        harness.save(path, result)
     return 1 if failed else 0
 
 

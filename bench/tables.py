@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,17 @@ def peers_table(name: str, result: dict[str, Any]) -> str:
         cases.setdefault((row["n"], row["k"], row["tokens"]), {})[row["peer"]] = row
     head = f"| matrix | tokens | {ours}, us (of reading) | {' | '.join(f'{peer}, us' for peer in others)} |"
     above = machine_of("Products of few tokens", name, result)
+    for (commit, date), count in Counter(map(run_of, result["rows"])).items():
+        if commit and (commit, date) != run_of(result):
+            above += f"{count} of {len(result['rows'])} times are of a run of commit {commit[:12]}, {date}.\n"
     above += f"In brackets behind another's time: that of {ours} divided by it.\n"
     lines = [peers_row(case, rows, ours, others) for case, rows in cases.items()]
     return above + table([head, *lines])
+
+
+def run_of(part: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Commit and date of a file, or of a row that has its own."""
+    return part.get("commit"), part.get("date")
 
 
 def peers_row(

@@ -1,8 +1,9 @@
 """What a test session does about GPUs: three counts at its end, `--small`, and the record of `--gpu-record`.
 
-`--small` keeps the tests of tests/gpu that compute-sanitizer can run in minutes: sizes of the tiny model, at
-most 7 tokens, nothing marked `large`; and of each test function every value of every parameter, but not every
-combination. `--gpu-record` writes tests/gpu_record.json (see gpu_record.py).
+`--small` keeps the tests of tests/gpu that compute-sanitizer can run in minutes: of some rooms those that
+small_cases.py names, of the others sizes of the tiny model, at most 7 tokens, nothing marked `large` or
+`allocator`; and of each test function every value of every parameter, but not every combination.
+`--gpu-record` writes tests/gpu_record.json (see gpu_record.py).
 """
 
 import importlib
@@ -15,6 +16,7 @@ import pytest
 import torch
 from gpu_record import ROOT, find_tests, room_key, room_of, write_record
 from shapes import TINY, Sizes
+from small_cases import is_chosen
 
 import dsv4.ops
 from dsv4.ops.dispatch import REGISTRY
@@ -28,7 +30,7 @@ def is_large(item: pytest.Item) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
     tokens = params.get("tokens")
     return (
-        item.get_closest_marker("large") is not None
+        any(item.get_closest_marker(mark) for mark in ("large", "allocator"))
         or any(isinstance(value, Sizes) and value != TINY for value in params.values())
         or (isinstance(tokens, int) and tokens > SMALL_TOKENS)
     )
@@ -66,6 +68,18 @@ def spread(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     return kept
 
 
+def keep_small(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """What `--small` keeps of the GPU tests."""
+    kept, others = [], []
+    for item in items:
+        chosen = is_chosen(item.path.name, item.name)
+        if chosen:
+            kept.append(item)
+        elif chosen is None and not is_large(item):
+            others.append(item)
+    return kept + spread(others)
+
+
 def room_results(outcomes: dict[str, str]) -> dict[str, dict[str, str]]:
     """Test (by its node id) -> outcome, as room -> test function -> "2 failed, 5 passed"."""
     counts: dict[str, dict[str, Counter[str]]] = {}
@@ -100,7 +114,7 @@ class GpuSession:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         if self.small:
             on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-            left_out = set(on_gpu).difference(spread(item for item in on_gpu if not is_large(item)))
+            left_out = set(on_gpu).difference(keep_small(on_gpu))
             config.hook.pytest_deselected(items=[item for item in items if item in left_out])
             items[:] = [item for item in items if item not in left_out]
 

@@ -63,6 +63,9 @@ def test_bytes_are_those_of_inputs_and_outputs() -> None:
     assert size_of((inputs[0], [w, (w, None)])) == 8 * 4096 * 2 + 2 * (2304 + 4)
     assert find("hash_gate", "Flash, 1 token").bytes == 8 + 6 * (4 + 8) + 6 * (4 + 8)
     assert find("embed_streams", "Pro, 1 token").bytes == 8 + 5 * 7168 * 2
+    routed = 2 * 4096 * (256 + 8) + 8 * (8 + 6 * 8 + 6 * (4 + 8))
+    assert find("route_hash", "Flash, 8 tokens").bytes == routed
+    assert find("argmax_head", "Flash, greedy").bytes == 2 * 4096 + 129280 * (4096 + 3 * 4) + 8
 
 
 def test_bytes_of_a_compressor() -> None:
@@ -136,7 +139,7 @@ def test_cases_have_names_of_their_own_and_the_targets() -> None:
     assert targets["topk_gate", "Flash, 1 token"] == "<= 2.5 us"
     assert targets["quantize_fp8", "Flash, 8192 tokens"] == targets["rms_norm", "Pro, 8192 tokens"]
     assert targets["quantize_nvfp4", "given scale, Pro, 8192 tokens"] == ">= 80 %"
-    assert targets["route_topk", "Flash, 1 token"] == "<= 5 us"
+    assert targets["route_topk", "Flash, 1 token"] == targets["route_hash", "Flash, 1 token"] == "<= 5 us"
     assert targets["linear", "8192 x 4096 nvfp4, 1 token"] == "<= 6.9 us"
     assert targets["linear", "129280 x 4096 nvfp4, 1 token"] == "<= 78 us"
     assert targets["linear", "8192 x 4096 nvfp4, 8192 tokens"] == ">= 350 TFLOPS"

@@ -158,6 +158,31 @@ def test_peers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "elsewhere: skipped, No module named 'elsewhere'\n"
 
 
+def test_rows_of_two_runs_of_peers(tmp_path: Path) -> None:
+    """Each with its commit and date, in a fixed order; a newer one replaces an older; the table says so."""
+    path, newer = tmp_path / "peers-x9.json", {"commit": "b" * 40, "date": "2026-02-01"}
+    save(path, peers_result())
+    result = peers_result() | newer | {"peers": ["dsv4", "triton"], "rows": [], "complete": False}
+    peers.start_from(result, path)
+    for row in (peer_row("triton", 1, 9.0), peer_row("dsv4", 8, 4.25)):
+        peers.add_row(result, row)
+    assert result["peers"] == ["dsv4", "bf16", "humming", "triton"] and not result["complete"]
+    found = [(row["peer"], row["tokens"], row["us"], row["commit"][0]) for row in result["rows"]]
+    assert found == [
+        ("dsv4", 1, 4.0, "a"),
+        ("dsv4", 8, 4.25, "b"),
+        ("bf16", 1, 8.0, "a"),
+        ("bf16", 8, 9.0, "a"),
+        ("humming", 1, 5.0, "a"),
+        ("triton", 1, 9.0, "b"),
+    ]
+    text = render("peers-x9", result)
+    assert "commit bbbbbbbbbbbb, 2026-02-01" in text and " are of a run of commit bbbb" not in text
+    assert "4 of 6 times are of a run of commit aaaaaaaaaaaa, 2026-01-31.\n" in text
+    with pytest.raises(AssertionError, match="expected rows of NVIDIA Y7"):
+        peers.start_from(result | {"gpu": "NVIDIA Y7"}, path)
+
+
 def test_tables() -> None:
     text = render("gemm-x9", gemm_result())
     assert "| nvfp4 | 2.00 | 3600 (90.0 %) | 0 % | <= 2.2 us: met, >= 88 %: met |\n" in text

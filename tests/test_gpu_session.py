@@ -1,5 +1,8 @@
 """What a test session counts, leaves out and records of the GPU tests; GPU and tests are stand-ins."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,9 +10,10 @@ from typing import Any
 import gpu_session
 import pytest
 import torch
-from gpu_record import read_record, room_key, stale_rooms
-from gpu_session import GpuSession, is_large, room_results, spread
+from gpu_record import ROOT, read_record, room_key, stale_rooms
+from gpu_session import GpuSession, is_large, keep_small, room_results, spread
 from shapes import FLASH, TINY
+from small_cases import CHOSEN
 
 import bench.harness
 
@@ -137,7 +141,7 @@ def test_small_cases() -> None:
         assert not is_large(item(path, **kept))
     for large in ({"sizes": FLASH}, {"tokens": 8}, {"sizes": FLASH, "tokens": 1}, {"a": TINY, "tokens": 137}):
         assert is_large(item(path, **large))
-    assert is_large(item(path, "gpu large", sizes=TINY))
+    assert is_large(item(path, "gpu large", sizes=TINY)) and is_large(item(path, "gpu allocator"))
 
 
 def test_small_cases_have_every_value_but_not_every_combination() -> None:
@@ -160,6 +164,35 @@ def test_small_cases_have_every_value_but_not_every_combination() -> None:
     assert sorted(chosen["dtype"] for chosen in params) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
 
 
+def test_chosen_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file in the table what it names, large or not; of other files what the rule keeps."""
+    monkeypatch.setitem(CHOSEN, "test_add.py", {"test_a": ("1-x", "2-y"), "test_b": ()})
+
+    def found(name: str, file: str = "test_add.py", **params: object) -> Any:
+        one = item(Path(FOLDER, file), **params)
+        return SimpleNamespace(**vars(one), name=name, nodeid=name, iter_markers=lambda name: [])
+
+    kept = [found("test_a[2-y]", tokens=4001), found("test_b[3]", sizes=FLASH), found("test_b")]
+    other = [found("test_a", "test_sub.py")]
+    left = [found("test_a[2-x]"), found("test_c"), found("test_b", "test_sub.py", tokens=8)]
+    assert keep_small([*left, *kept, *other]) == [*kept, *other]
+
+
+def test_every_chosen_case_exists() -> None:
+    """By a session that collects and runs nothing."""
+    files = [str(ROOT / FOLDER / file) for file in CHOSEN]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "--small", *files]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # with a GPU it would ask for a library
+    said = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+    nodes = {line.rpartition("/")[2].replace("TestSampleToken::", "") for line in said.stdout.split("\n")}
+    for file, functions in CHOSEN.items():
+        for function, cases in functions.items():
+            name = f"{file}::{function}"
+            missing = {f"{name}[{case}]" for case in cases} - nodes
+            assert not missing and any(node.partition("[")[0] == name for node in nodes), (name, missing)
+
+
 def test_a_small_session() -> None:
     """What is left out is reported to pytest; tests without a GPU are not left out."""
 
@@ -169,7 +202,11 @@ def test_a_small_session() -> None:
     def found(number: int, marks: str) -> Any:
         marker = {mark: mark for mark in marks.split()}.get
         return Item(
-            nodeid=f"test_add.py::test_{number}", get_closest_marker=marker, iter_markers=lambda name: []
+            nodeid=f"test_add.py::test_{number}",
+            path=Path("test_add.py"),
+            name=f"test_{number}",
+            get_closest_marker=marker,
+            iter_markers=lambda name: [],
         )
 
     reported: list[Any] = []
