@@ -12,14 +12,15 @@
 //      columns, whose part of q it holds in registers; partial scores meet in shared memory.
 //   P: the online softmax in fp32, maxima through shared memory. P stands there as fp16, shifted by 2^15, and as bf16.
 //   O: warp w has columns 32 w .. + 31 of the output, 16 sums a lane, and reads the tile transposed.
-// A record's 448 codes (e4m3) become fp16 when they are read: exact. A block of 64 columns has one power of two a row: S takes it after four MMA steps; for O,
+// A record's 448 codes (e4m3) become fp16 in one instruction a pair when they are read: exact. q as fp16 is exact as well
+// (gemm/units.cuh TokenScale). A block of 64 columns has one power of two a row: S takes it after four MMA steps; for O,
 // whose warps 2 b and 2 b + 1 have block b, it is multiplied to P in fp16, relative to the largest so far, by which sums
 // are scaled as by the maximum of the softmax. The last 64 columns, and bf16 rows, are multiplied as bf16. No row of the
 // tile shares banks with the next seven: 592 and 1040 bytes are odd multiples of 16.
 // Behind the end of a part rows are zeros and scores -infinity; rows that the query does not see are never read.
 //
 // At the end every block has maximum, denominator and 16 x 512 sums of its part. Block r of the cluster finishes heads
-// r 16 / splits ..: all copy it their sums into its shared memory, counted by its barrier; it adds them weighted,
+// r 16 / splits ..: all send it their sums into its shared memory, st.async counted by its barrier; it adds them weighted,
 // in the order of the parts, with the sink once in the denominator, turns the last 64 columns back and stores.
 //
 // Floor, one query of Flash on an H200: 640 rows of 592 bytes, q and out: 0.5 MB, 0.1 us; 8,320 rows: 4.9 MB, 1.1 us,
@@ -48,8 +49,8 @@ constexpr int kMaximaAt = kFactorsAt + kCodes / kBlockColumns * kFactorBytes;
 constexpr int kSumsAt = kMaximaAt + kHeads * kWarps * 4;
 constexpr int kInverseAt = kSumsAt + kHeads * kWarps * 4;
 constexpr int kSinksAt = kInverseAt + kHeads * 4;  // of the heads that this block finishes
-constexpr int kFrequenciesAt = kSinksAt + 16;
-constexpr int kBarrierAt = kFrequenciesAt + kRotaryPairs * 4;  // of the sums, and of either tile
+constexpr int kAnglesAt = kSinksAt + 16;
+constexpr int kBarrierAt = kAnglesAt + kRotaryPairs * 8;  // of the sums, and of either tile
 constexpr int kTileBarrierAt = kBarrierAt + 8;
 constexpr int kProbsAt = kBarrierAt + 32;
 template <bool records>
@@ -59,11 +60,7 @@ struct Tail {
   static constexpr int kTilesAt = kProbsAt + 2 * kProbBytes;
   static_assert(kWarps * F::kGroups * kWarp * 16 <= kStatsAt && kHeads * F::kQueryPitch <= kStatsAt);
 
-  // Where the tiles were, a block's own sums stand at the end.
-  static __host__ __device__ int selected(const Step& c) {
-    const int tiles = c.tiles * c.rows * F::kPitch, sums = kHeads * kWidth * 4;
-    return kTilesAt + (tiles > sums ? tiles : sums);
-  }
+  static __host__ __device__ int selected(const Step& c) { return kTilesAt + c.tiles * c.rows * F::kPitch; }
 };
 static_assert(kProbsAt % 16 == 0);
 
@@ -128,21 +125,19 @@ __device__ inline void use_tile(Part& part, const uint32_t (&a)[kMySteps][4], un
   using F = Form<records>;
   const int padded = (count + 15) / 16 * 16;
   const bool codes = records && p.warp < kCodes / kColumns;
-  unsigned char* factors = memory + kFactorsAt + p.warp / 2 * kFactorBytes;
-  if (codes && p.warp % 2 == 0) prepare_factors(tile, padded, factors, p.warp / 2, part.largest, p);
+  unsigned char* factors = memory + kFactorsAt;  // of all blocks of columns
 
   float4* partial = reinterpret_cast<float4*>(memory + kPartialAt) + p.lane;  // [warp, group, lane]
-  constexpr int kApart = 8 * kQuads;                                          // rows between the groups of a quad
 #pragma unroll 1
-  for (int i = 0, row = 8 * p.quad; i < F::kGroups && row < count; i += 2, row += 2 * kApart) {
-    const bool two = row + kApart < count;
-    float s[2][4];
-    const unsigned char* const rows[2] = {tile + row * F::kPitch, tile + (two ? row + kApart : row) * F::kPitch};
-    multiply_scores<records>(s, a, rows, p);
-    partial[(p.warp * F::kGroups + i) * kWarp] = make_float4(s[0][0], s[0][1], s[0][2], s[0][3]);
-    if (two) partial[(p.warp * F::kGroups + i + 1) * kWarp] = make_float4(s[1][0], s[1][1], s[1][2], s[1][3]);
+  for (int i = 0, row = 8 * p.quad; i < F::kGroups && row < count; ++i, row += 8 * kQuads) {
+    float s[4];
+    multiply_scores<records>(s, a, tile + row * F::kPitch, p);
+    partial[(p.warp * F::kGroups + i) * kWarp] = make_float4(s[0], s[1], s[2], s[3]);
   }
   sync_quad(p.quad);
+  if (const int block = 2 * p.quad + p.quarter - 2; records && p.quarter >= 2 && block < kCodes / kBlockColumns) {
+    prepare_factors(tile, padded, factors + block * kFactorBytes, block, p);  // by those that have least to finish
+  }
   // Each warp of a quad finishes one of its groups.
   float x[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
   const int row = 8 * (p.quad + kQuads * p.quarter) + 2 * p.t;
@@ -160,9 +155,10 @@ __device__ inline void use_tile(Part& part, const uint32_t (&a)[kMySteps][4], un
   }
   const float2 by = store_probs<records>(part, x, row, memory, padded, last, p);
   if (last) cluster_arrive_relaxed();  // partial scores have been read
+  factors += p.warp / 2 * kFactorBytes;
   float rescale = 1.0f;
   if (codes) {
-    const int largest = *reinterpret_cast<const int*>(factors + 4 * kFactorPitch);
+    const int largest = largest_of(factors);
     rescale = scale_of(max(127 + part.largest - largest, 0));
     part.largest = largest;
   }
@@ -181,20 +177,34 @@ __device__ inline void use_tile(Part& part, const uint32_t (&a)[kMySteps][4], un
   }
 }
 
-// A block's sums to shared memory, [16, 512] f32. Odd heads have columns c and c ^ 16 exchanged, against bank conflicts.
+// A block's sums, maxima and denominators to the blocks that finish their heads.
 template <bool records>
-__device__ inline void store_sums(const Part& part, float* to, const Place& p) {
-  const int odd = p.t % 2;
+__device__ inline void send_part(const Part& part, const float* sums, bool empty, uint32_t shared, int rank,
+                                 int split_bits, const Place& p) {
+  const int heads = kHeads >> split_bits, odd = p.t % 2;
+  const uint32_t barrier = shared + kBarrierAt;
+  auto place_of = [&](int head) { return rank * heads + head % heads; };
+  if (p.warp == 0 && p.t < 2) {
+    const int head = p.g + 8 * p.t;
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += sums[head * kWarps + w];
+    const float4 v = make_float4(p.t == 0 ? part.most[0] : part.most[1], empty ? 0.0f : sum, 0.0f, 0.0f);
+    store_remote_counted(shared + kStatsAt + 16 * place_of(head), barrier, head / heads, v);
+  }
   const bool codes = records && p.warp < kCodes / kColumns;
-  const float even_by = codes ? scale_of(part.largest) : 1.0f, odd_by = codes ? even_by * kSmall : 1.0f;
+  const float factor = codes ? scale_of(part.largest) : 1.0f;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float* row = to + (p.g + 8 * r) * kWidth + kColumns * p.warp;
+    const int head = p.g + 8 * r;
+    const uint32_t there = place_in_block(barrier, head / heads);
+    const uint32_t row =
+        place_in_block(shared + kReceivedAt + (place_of(head) * kWidth + kColumns * p.warp) * 4, head / heads);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const float upper[2] = {part.o[2 * c][2 * r] * even_by, part.o[2 * c][2 * r + 1] * even_by};
-      const float lower[2] = {part.o[2 * c + 1][2 * r] * odd_by, part.o[2 * c + 1][2 * r + 1] * odd_by};
-      float4 v = make_float4(upper[0], lower[0], upper[1], lower[1]);
+      const float upper[2] = {part.o[2 * c][2 * r], part.o[2 * c][2 * r + 1]};
+      const float lower[2] = {part.o[2 * c + 1][2 * r], part.o[2 * c + 1][2 * r + 1]};
+      float4 v = make_float4(upper[0] * factor, lower[0] * factor, upper[1] * factor, lower[1] * factor);
       int column = 16 * c + 4 * p.t;
       if (!codes) {  // neighbours exchange pairs, so that each has four columns of one of the two
         const float x = __shfl_xor_sync(kFullMask, odd ? upper[0] : lower[0], 1);
@@ -202,30 +212,12 @@ __device__ inline void store_sums(const Part& part, float* to, const Place& p) {
         v = odd ? make_float4(x, y, lower[0], lower[1]) : make_float4(upper[0], upper[1], x, y);
         column = 16 * c + 8 * odd + p.t / 2 * 4;
       }
-      *reinterpret_cast<float4*>(row + (column ^ p.g % 2 * 16)) = v;
+      store_counted(row + 4 * column, there, v);
     }
   }
 }
 
-// The sums, maxima and denominators to the blocks that finish their heads. The first warp.
-__device__ inline void send_part(const Part& part, const float* sums, bool empty, uint32_t own_sums, uint32_t shared, int rank,
-                                 int split_bits, const Place& p) {
-  const int heads = kHeads >> split_bits, bytes = heads * kWidth * 4;
-  const uint32_t barrier = shared + kBarrierAt;
-  if (p.lane < 1 << split_bits) {
-    copy_bulk_remote(shared + kReceivedAt + rank * bytes, own_sums + p.lane * bytes, bytes, barrier, p.lane);
-  }
-  if (p.t < 2) {
-    const int head = p.g + 8 * p.t;
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += sums[head * kWarps + w];
-    const float4 v = make_float4(p.t == 0 ? part.most[0] : part.most[1], empty ? 0.0f : sum, 0.0f, 0.0f);
-    store_remote_counted(shared + kStatsAt + 16 * (rank * heads + head % heads), barrier, head / heads, v);
-  }
-}
-
-// Two columns of one head that this block finishes, its own'th, from the sums of `splits` blocks, where they are at `column`.
+// Two columns of one head that this block finishes, its own'th, from the sums of `splits` blocks.
 template <int splits>
 __device__ inline float2 finish_head(const unsigned char* memory, int own, int column, float sink, int lane) {
   constexpr int kOwn = kHeads / splits;
@@ -289,9 +281,10 @@ __global__ void __launch_bounds__(kThreads, 1) attend_step_kernel(const __grid_c
   const int own = warp / 8, head = first_head + (rank << (4 - c.split_bits)) + own;
   const bool finishes = own < kHeads >> c.split_bits && head < c.heads;
   float* sinks = reinterpret_cast<float*>(memory + kSinksAt);
-  float* frequencies = reinterpret_cast<float*>(memory + kFrequenciesAt);
+  float2* angles = reinterpret_cast<float2*>(memory + kAnglesAt);
   if (warp % 8 == 0 && finishes) sinks[own] = c.sink[head] * kLog2e;
-  if (warp == 7) frequencies[lane] = c.inv_freq[lane];
+  if (warp == kWarps - 1) angles[lane].x = c.inv_freq[lane];
+  if (threadIdx.x < kCodes / kBlockColumns) largest_of(memory + kFactorsAt + threadIdx.x * kFactorBytes) = 0;
   __syncthreads();
   wait_for_launch_before();
 
@@ -328,6 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_step_kernel(const __grid_c
     for (int i = lane; i < F::kRow / 16; i += kWarp) row[i] = {};
     fence_copies();
   }
+  if (warp == kWarps - 1) angles[lane] = rotary_angle(position, angles[lane].x);
   __syncthreads();
   uint32_t a[kMySteps][4];
   load_queries<records>(a, shared + kQueriesAt, p);
@@ -349,27 +343,17 @@ __global__ void __launch_bounds__(kThreads, 1) attend_step_kernel(const __grid_c
   }
   if (tiles == 0) cluster_arrive_relaxed();
 
-  __syncthreads();  // all have used the last tile
-  store_sums<records>(part, reinterpret_cast<float*>(memory + kTilesAt), p);
-  fence_copies();
-  __syncthreads();
   cluster_wait();
   const float* sums = reinterpret_cast<const float*>(memory + kSumsAt);
-  if (warp == 0) send_part(part, sums, length == 0, shared + kTilesAt, shared, rank, c.split_bits, p);
-  const bool turned = warp % 8 == 7;  // has the last 64 columns of its head
-  float2 angle = {1.0f, 0.0f};
-  if (turned && finishes) angle = rotary_angle(position, frequencies[lane]);
+  send_part<records>(part, sums, length == 0, shared, rank, c.split_bits, p);
   wait_barrier(shared + kBarrierAt, 0);
-  cluster_arrive_relaxed();  // this block has what the others sent
-  if (finishes) {
-    const int column = 2 * (threadIdx.x % (kThreads / 2)), from = column ^ head % 2 * 16;
-    float2 o = c.split_bits == 3 ? finish_head<8>(memory, own, from, sinks[own], lane)
-                                 : finish_head<16>(memory, own, from, sinks[own], lane);
-    if (turned) o = rotate(o, make_float2(angle.x, -angle.y));
-    bf16* out = c.out + (int64_t(token) * c.heads + head) * kWidth + column;
-    *reinterpret_cast<uint32_t*>(out) = pack_bf16(o.x, o.y);
-  }
-  cluster_wait();  // its own sums have been read
+  if (!finishes) return;
+  const int column = 2 * (threadIdx.x % (kThreads / 2));
+  float2 o = c.split_bits == 3 ? finish_head<8>(memory, own, column, sinks[own], lane)
+                               : finish_head<16>(memory, own, column, sinks[own], lane);
+  if (warp % 8 == 7) o = rotate(o, make_float2(angles[lane].x, -angles[lane].y));  // the last 64 columns
+  bf16* out = c.out + (int64_t(token) * c.heads + head) * kWidth + column;
+  *reinterpret_cast<uint32_t*>(out) = pack_bf16(o.x, o.y);
 }
 
 // How many clusters of 8 and of 16 blocks run at once with all of the shared memory; of 16, none where that is no size.

@@ -59,17 +59,19 @@ __device__ inline void load_transposed(uint32_t (&to)[4], uint32_t at) {
                : "r"(at)
                : "memory");
 }
-// Codes as fp16, two of the four of a word. The unit that converts takes 8 cycles for a warp's pair and would limit the kernel,
-// so it gets half of them; of the others integer instructions move sign and magnitude to their places, which makes them
-// 2^-8 of their value. kSmall takes that back.
-constexpr float kSmall = 256.0f;
+// Two of the four codes of a word as fp16. The instruction reads either half of a register; a shift would be one more.
 __device__ inline uint32_t low_to_f16(uint32_t codes) { return e4m3_to_f16(uint16_t(codes)); }
-__device__ inline uint32_t shift_to_f16(uint32_t apart) {  // codes in bits 0 .. 7 and 16 .. 23
-  return (apart + (apart & 0x00800080u)) << 7;
+__device__ inline uint32_t high_to_f16(uint32_t codes) {
+  uint32_t pair;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %1;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, high;\n"
+      "}"
+      : "=r"(pair)
+      : "r"(codes));
+  return pair;
 }
-__device__ inline uint32_t high_to_small_f16(uint32_t codes) { return shift_to_f16(__byte_perm(codes, 0, 0x4342)); }
-__device__ inline uint32_t odd_to_small_f16(uint32_t codes) { return shift_to_f16(__byte_perm(codes, 0, 0x4341)); }
-
 // 2^(byte - 127) of a scale's byte; 0 of 0.
 __device__ inline float scale_of(uint32_t byte) { return __uint_as_float(byte << 23); }
 
@@ -115,9 +117,8 @@ __device__ inline void copy_tile(const Rows& rows, int first, int count, uint32_
   }
 }
 
-// q of the warp's head, on the way to shared memory. For records all is multiplied by a power of two, whose inverse is kept:
-// the largest magnitude comes to 2^6 .. 2^7. The columns of codes become fp16, those whose codes will be kSmall times as
-// large: exact above 2^-23 of the largest, with an error below 2^-31 of it elsewhere.
+// q of the warp's head, on the way to shared memory. For records the columns of codes become fp16, and all are multiplied
+// by a power of two, whose inverse is kept.
 template <bool records>
 struct Query {
   uint4 piece[2];
@@ -133,20 +134,16 @@ struct Query {
     float factor = 1.0f;
     if constexpr (records) {
       const TokenScale scale(__reduce_max_sync(kFullMask, max(largest_bits(piece[0]), largest_bits(piece[1]))));
-      factor = scale.factor / kSmall;
-      if (p.lane == 0) inverse[p.warp] = scale.inverse * kSmall;
+      factor = scale.factor;
+      if (p.lane == 0) inverse[p.warp] = scale.inverse;
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = 8 * (p.lane + i * kWarp);
       uint4 v = piece[i];
-      if constexpr (records) v = column < kCodes ? to_f16(v, factor) : scaled(v, factor);
+      if constexpr (records) v = column < kCodes ? scale_to_f16(v, factor) : scaled(v, factor);
       *reinterpret_cast<uint4*>(to + p.warp * Form<records>::kQueryPitch + 2 * column) = v;
     }
-  }
-  static __device__ uint4 to_f16(const uint4& v, float factor) {
-    const uint4 low = scale_to_f16(v, factor), high = scale_to_f16(v, factor * kSmall);
-    return {low.x, high.y, low.z, high.w};
   }
   static __device__ uint4 scaled(const uint4& v, float factor) {
     auto multiply = [&](uint32_t pair) {
@@ -175,80 +172,65 @@ __device__ inline void load_queries(uint32_t (&a)[kMySteps][4], uint32_t queries
   }
 }
 
-// s[r] = q times the eight rows of a tile from tile[r] on, in the warp's quarter of the columns. Two groups of rows and two
-// blocks of 64 columns are four independent chains of MMAs.
+// s = q times the eight rows of a tile from `tile` on, in the warp's quarter of the columns: two blocks of 64, each a chain of
+// MMAs of its own.
 template <bool records>
-__device__ inline void multiply_scores(float (&s)[2][4], const uint32_t (&a)[kMySteps][4],
-                                       const unsigned char* const (&tile)[2], const Place& p) {
+__device__ inline void multiply_scores(float (&s)[4], const uint32_t (&a)[kMySteps][4], const unsigned char* tile,
+                                       const Place& p) {
   constexpr int kPitch = Form<records>::kPitch, kHalf = kMySteps / 2;
-  const uint32_t from = p.lane % 8 * kPitch + p.lane / 8 * 16;
-  uint32_t at[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) at[r] = uint32_t(__cvta_generic_to_shared(tile[r])) + from;
-  float d[2][2][4] = {};  // [group, block]
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(tile)) + p.lane % 8 * kPitch + p.lane / 8 * 16;
+  float d[2][4] = {};
   auto multiply_bf16 = [&](int block, int column) {  // 64 columns from `column` bytes on
 #pragma unroll
     for (int i = 0; i < kHalf; i += 2) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t(&low)[4] = a[kHalf * block + i], (&high)[4] = a[kHalf * block + i + 1];
-        uint32_t b[4];
-        load_matrices(b, at[r] + column + 32 * i);
-        mma_bf16(d[r][block], low[0], low[1], low[2], low[3], b[0], b[1]);
-        mma_bf16(d[r][block], high[0], high[1], high[2], high[3], b[2], b[3]);
-      }
+      const uint32_t(&low)[4] = a[kHalf * block + i], (&high)[4] = a[kHalf * block + i + 1];
+      uint32_t b[4];
+      load_matrices(b, at + column + 32 * i);
+      mma_bf16(d[block], low[0], low[1], low[2], low[3], b[0], b[1]);
+      mma_bf16(d[block], high[0], high[1], high[2], high[3], b[2], b[3]);
     }
   };
   if constexpr (records) {
-    uint32_t codes[2][2][4];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      load_matrices(codes[r][0], at[r] + 2 * kBlockColumns * p.quarter);
-      load_matrices(codes[r][1], at[r] + 2 * kBlockColumns * p.quarter + kBlockColumns);  // for the last quarter bf16, not used
-    }
-    auto multiply_codes = [&](int block, int i) {
+    const int column = 2 * kBlockColumns * p.quarter;
+    uint32_t first[4], second[4];
+    load_matrices(first, at + column);
+    load_matrices(second, at + column + kBlockColumns);  // for the last quarter bf16, not used
+    auto multiply_codes = [&](int block, int i, uint32_t word) {
       const uint32_t(&q)[4] = a[kHalf * block + i];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t word = codes[r][block][i];
-        mma_f16(d[r][block], q[0], q[1], q[2], q[3], low_to_f16(word), high_to_small_f16(word));
-      }
+      mma_f16(d[block], q[0], q[1], q[2], q[3], low_to_f16(word), high_to_f16(word));
     };
     if (p.quarter < 3) {
 #pragma unroll
-      for (int i = 0; i < kHalf; ++i) multiply_codes(0, i), multiply_codes(1, i);
+      for (int i = 0; i < kHalf; ++i) multiply_codes(0, i, first[i]), multiply_codes(1, i, second[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < kHalf; ++i) multiply_codes(0, i);
+      for (int i = 0; i < kHalf; ++i) multiply_codes(0, i, first[i]);
       multiply_bf16(1, kCodes);
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int row = 0; row < 2; ++row) {
+      const unsigned char* scales = tile + (2 * p.t + row) * kPitch + kScalesAt + 2 * p.quarter;
+      const float of_first = scale_of(scales[0]), of_second = p.quarter < 3 ? scale_of(scales[1]) : 1.0f;
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const unsigned char* scales = tile[r] + (2 * p.t + row) * kPitch + kScalesAt + 2 * p.quarter;
-        const float first = scale_of(scales[0]), second = p.quarter < 3 ? scale_of(scales[1]) : 1.0f;
-#pragma unroll
-        for (int j = row; j < 4; j += 2) s[r][j] = fmaf(d[r][0][j], first, d[r][1][j] * second);
-      }
+      for (int j = row; j < 4; j += 2) s[j] = fmaf(d[0][j], of_first, d[1][j] * of_second);
     }
   } else {
 #pragma unroll
     for (int block = 0; block < 2; ++block) multiply_bf16(block, p.quarter * kRowBytes / 4 + 2 * kBlockColumns * block);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) s[r][j] = d[r][0][j] + d[r][1][j];
-    }
+    for (int j = 0; j < 4; ++j) s[j] = d[0][j] + d[1][j];
   }
 }
 
-// The powers of two of `block` of a tile's rows, relative to the largest so far, which is kept behind them: pairs of fp16 in
-// the order of multiply_values. One warp.
-__device__ inline void prepare_factors(const unsigned char* tile, int padded, unsigned char* factors, int block, int largest,
+// Of a block of columns: the byte of the largest scale of all rows so far, behind the factors of a tile.
+__device__ inline int& largest_of(unsigned char* factors) { return *reinterpret_cast<int*>(factors + 4 * kFactorPitch); }
+
+// The powers of two of `block` of a tile's rows, relative to the largest so far: pairs of fp16 in the order of
+// multiply_values. One warp.
+__device__ inline void prepare_factors(const unsigned char* tile, int padded, unsigned char* factors, int block,
                                        const Place& p) {
   constexpr int kPitch = Form<true>::kPitch, kEach = Form<true>::kRows / kWarp;
-  int scale[kEach], most = largest;
+  int scale[kEach], most = largest_of(factors);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int row = p.lane + i * kWarp;
@@ -263,11 +245,11 @@ __device__ inline void prepare_factors(const unsigned char* tile, int padded, un
     const int place = row % 8 / 2 * kFactorPitch + row / 16 * 8 + row % 16 / 8 * 4 + row % 2 * 2;
     *reinterpret_cast<uint16_t*>(factors + place) = uint16_t(bits);
   }
-  if (p.lane == 0) *reinterpret_cast<int*>(factors + 4 * kFactorPitch) = most;
+  if (p.lane == 0) largest_of(factors) = most;
 }
 
 // o += P times columns 32 warp .. + 31 of the tile. Sums of codes: o[2 c] has columns 16 c + 4 t and + 2, o[2 c + 1] the
-// ones behind them, kSmall times too small; of bf16: o[n] has 8 n + 2 t, + 1. Of each, values 0, 1 are head g's and 2, 3 head (g + 8)'s.
+// ones behind them; of bf16: o[n] has 8 n + 2 t, + 1. Of each, values 0, 1 are head g's and 2, 3 head (g + 8)'s.
 template <bool codes, class F>
 __device__ inline void multiply_values(float (&o)[4][4], uint32_t tile, uint32_t probs, const unsigned char* factors,
                                        int padded, const Place& p) {
@@ -286,10 +268,11 @@ __device__ inline void multiply_values(float (&o)[4][4], uint32_t tile, uint32_t
       a[0] = multiply_f16(a[0], factor.x), a[1] = multiply_f16(a[1], factor.x);
       a[2] = multiply_f16(a[2], factor.y), a[3] = multiply_f16(a[3], factor.y);
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {  // b[i], b[i + 1]: two columns of two rows each
-        const uint32_t first = __byte_perm(b[i], 0, 0x4420), below = __byte_perm(b[i + 1], 0, 0x4420);
-        mma_f16(o[i], a[0], a[1], a[2], a[3], low_to_f16(first), low_to_f16(below));
-        mma_f16(o[i + 1], a[0], a[1], a[2], a[3], odd_to_small_f16(b[i]), odd_to_small_f16(b[i + 1]));
+      for (int i = 0; i < 4; ++i) b[i] = __byte_perm(b[i], 0, 0x3120);  // two rows' first, two rows' second column
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        mma_f16(o[2 * i], a[0], a[1], a[2], a[3], low_to_f16(b[2 * i]), low_to_f16(b[2 * i + 1]));
+        mma_f16(o[2 * i + 1], a[0], a[1], a[2], a[3], high_to_f16(b[2 * i]), high_to_f16(b[2 * i + 1]));
       }
     } else {
 #pragma unroll

@@ -39,31 +39,25 @@ __device__ inline void copy_bulk(uint32_t shared, const void* global, int bytes,
                : "memory");
 }
 
-// Copy `bytes`, a multiple of 16, from this block's shared memory to the place `there` of block `rank` of this cluster, whose
-// barrier of that place counts them. What was written here must have been fenced for copies.
-__device__ inline void copy_bulk_remote(uint32_t there, uint32_t from, int bytes, uint32_t barrier, int rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 place, counter;\n"
-      "mapa.shared::cluster.u32 place, %0, %4;\n"
-      "mapa.shared::cluster.u32 counter, %3, %4;\n"
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [place], [%1], %2, [counter];\n"
-      "}" ::"r"(there), "r"(from), "r"(bytes), "r"(barrier), "r"(rank)
-      : "memory");
-}
 // What this thread wrote to shared memory stands before the bulk copies that follow, its own or behind a barrier.
 __device__ inline void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The address of the same place in the shared memory of block `rank` of this cluster.
+__device__ inline uint32_t place_in_block(uint32_t mine, int rank) {
+  uint32_t place;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(mine), "r"(rank));
+  return place;
+}
+// Store to a place in another block's shared memory; a barrier there counts it.
+__device__ inline void store_counted(uint32_t place, uint32_t barrier, const float4& v) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(place),
+      "r"(barrier), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
 // Store to the same place in the shared memory of block `rank` of this cluster; its barrier of the same place counts it.
 __device__ inline void store_remote_counted(uint32_t mine, uint32_t barrier, int rank, const float4& v) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 place, counter;\n"
-      "mapa.shared::cluster.u32 place, %0, %2;\n"
-      "mapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [place], {%3, %4, %5, %6}, [counter];\n"
-      "}" ::"r"(mine), "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-      : "memory");
+  store_counted(place_in_block(mine, rank), place_in_block(barrier, rank), v);
 }
 
 // Arrive at a barrier of this block: what this thread has written or read before, or its warp before a __syncwarp, is
