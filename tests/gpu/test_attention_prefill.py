@@ -1,23 +1,20 @@
 """The kernels of attend, all forms, against the reference on the same device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from attention_cases import UNUSED, VALUES, WINDOW, Normal, choose
 from numeric import assert_attention, assert_bits, assert_reproducible, dirty_memory
 from shapes import FLASH, MODELS, TINY, Sizes
 from torch import Tensor
 
 from dsv4.ops.attention import attend, prefill, reference
 
-Normal = Callable[..., Tensor]
-WINDOW = 128
 TOKENS = (1, 5, 9, 17, 137, 512, 2049)
 SOURCES = ("window", "CSA, chosen", "CSA, all", "HCA")
-VALUES = 1 / 8
-UNUSED = 7  # compressed rows behind those that any query sees
 WGMMA = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs sm_90a"
 )
@@ -66,24 +63,12 @@ class Chunk:
         }
 
 
-def choose(visible: Tensor, entries: int, top_k: int, normal: Normal) -> Tensor:
-    """As many random entries of those visible as there may be, [T, top_k] i32, ascending, -1s behind."""
-    scores = normal(visible.shape[0], entries)
-    hidden = torch.arange(entries, device="cuda") >= visible[:, None]
-    order = scores.masked_fill(hidden, -torch.inf).argsort(dim=-1, descending=True)[:, :top_k]
-    order = order.masked_fill(hidden.gather(1, order), entries).sort(dim=-1).values
-    chosen = torch.full((visible.shape[0], top_k), -1, dtype=torch.int32, device="cuda")
-    chosen[:, : order.shape[1]] = order.masked_fill(order == entries, -1)
-    return chosen
-
-
-def make_chunk(sizes: Sizes, tokens: int, before: int, start: int, source: str, normal: Normal) -> Chunk:
-    """``tokens`` queries from position ``start`` on, behind ``before`` rows of the window.
-
-    Scores are standard normal; values are so small that roundings of P stay below the absolute limit.
-    """
-    q = normal(tokens, sizes.heads, sizes.head_dim).bfloat16() / VALUES
-    window_kv = VALUES * normal(before + tokens, sizes.head_dim).bfloat16()
+def make_chunk(
+    sizes: Sizes, tokens: int, before: int, start: int, source: str, normal: Normal, values: float = VALUES
+) -> Chunk:
+    """``tokens`` queries from position ``start`` on, behind ``before`` rows of the window."""
+    q = normal(tokens, sizes.heads, sizes.head_dim).bfloat16() / values
+    window_kv = values * normal(before + tokens, sizes.head_dim).bfloat16()
     window_kv[: max(0, before - WINDOW + 1)] = torch.nan
     positions = torch.arange(start, start + tokens, device="cuda")
     inv_freq = normal(sizes.rope_dim // 2).sigmoid()
@@ -92,7 +77,7 @@ def make_chunk(sizes: Sizes, tokens: int, before: int, start: int, source: str, 
         return chunk
     visible = (positions + 1) // (sizes.hca_ratio if source == "HCA" else sizes.csa_ratio)
     entries = int(visible[-1]) + UNUSED
-    compressed = VALUES * normal(entries, sizes.head_dim).bfloat16()
+    compressed = values * normal(entries, sizes.head_dim).bfloat16()
     compressed[-UNUSED:] = torch.nan
     if source == "CSA, chosen":
         selected = choose(visible, entries, sizes.index_topk, normal)
@@ -115,6 +100,17 @@ def check(chunk: Chunk, form: str, case: str) -> None:
     for first, last in sampled(chunk.q.shape[0]):
         want = chunk.want(first, last)
         assert_attention(out[first:last], want, f"{form}, {case}, queries {first} to {last - 1}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_of_any_size(form: str) -> None:
+    def run(values: float) -> Tensor:
+        generator = torch.Generator("cuda").manual_seed(1)
+        normal = partial(torch.randn, generator=generator, device="cuda")
+        return make_chunk(FLASH, 70, 127, 3000, "CSA, chosen", lambda *shape: normal(shape), values).run(form)
+
+    for factor in (8, 2**10):
+        assert_bits(run(VALUES * factor), run(VALUES) * factor, f"{form}, values {factor} times as large")
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -1,11 +1,12 @@
-"""The kernels of attend_step, and of f32 attend, against the reference on the same device."""
+"""The kernels of attend_step against the reference on the same device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from attention_cases import UNUSED, VALUES, WINDOW, Normal, choose
 from numeric import (
     assert_attention,
     assert_bits,
@@ -17,14 +18,11 @@ from numeric import (
 from shapes import FLASH, MODELS, PRO, TINY, Sizes
 from torch import Tensor
 
-from dsv4.ops.attention import attend, attend_step, reference, step
+from dsv4.ops.attention import attend_step, reference, step
 from dsv4.ops.formats import KV_RECORD, MAX_STEP, decode_rows
 from dsv4.ops.rows.reference import store_rows
 
-Normal = Callable[..., Tensor]
-WINDOW, RING = 128, 128 + MAX_STEP - 1
-VALUES = 1 / 8
-UNUSED = 7  # compressed rows behind those that any query sees
+RING = WINDOW + MAX_STEP - 1
 SOURCES = ("window", "CSA, chosen", "CSA, all", "HCA")
 CONTEXTS = (1, 3, 4, 127, 128, 129, 511, 2047, 2049, 8191)
 FORMATS = ("records", "bf16", "f32")
@@ -83,32 +81,27 @@ def table_of(rows: Tensor, seen: Tensor, form: str) -> Tensor:
     return table
 
 
-def choose(visible: Tensor, entries: int, top_k: int, normal: Normal) -> Tensor:
-    """As many random entries of those visible as there may be, [T, top_k] i32, ascending, -1s behind."""
-    scores = normal(visible.shape[0], entries)
-    hidden = torch.arange(entries, device="cuda") >= visible[:, None]
-    order = scores.masked_fill(hidden, -torch.inf).argsort(dim=-1, descending=True)[:, :top_k]
-    order = order.masked_fill(hidden.gather(1, order), entries).sort(dim=-1).values
-    chosen = torch.full((visible.shape[0], top_k), -1, dtype=torch.int32, device="cuda")
-    chosen[:, : order.shape[1]] = order.masked_fill(order == entries, -1)
-    return chosen
-
-
 def make_call(
-    sizes: Sizes, tokens: int, context: int, source: str, form: str, normal: Normal, capacity: int = 0
+    sizes: Sizes,
+    tokens: int,
+    context: int,
+    source: str,
+    form: str,
+    normal: Normal,
+    capacity: int = 0,
+    values: float = VALUES,
 ) -> Call:
     """``tokens`` queries, the last one at the end of ``context`` tokens, or fewer where there are less.
 
-    ``capacity``: compressed rows, if more than are needed. Values are so small that roundings of P stay below
-    the absolute limit.
+    ``capacity``: compressed rows, if more than are needed.
     """
     tokens = min(tokens, context)
     positions = torch.arange(context - tokens, context, device="cuda")
     seen = torch.zeros(RING, dtype=torch.bool, device="cuda")
     seen[torch.arange(max(0, context - tokens - WINDOW + 1), context, device="cuda") % RING] = True
-    q = normal(tokens, sizes.heads, sizes.head_dim) / VALUES
+    q = normal(tokens, sizes.heads, sizes.head_dim) / values
     q = q if form == "f32" else q.bfloat16()
-    ring = table_of(VALUES * normal(RING, sizes.head_dim), seen, form)
+    ring = table_of(values * normal(RING, sizes.head_dim), seen, form)
     call = Call(q, ring, normal(sizes.heads), positions, normal(sizes.rope_dim // 2).sigmoid())
     if source == "window":
         return call
@@ -122,7 +115,7 @@ def make_call(
         seen = torch.zeros(entries + 1, dtype=torch.bool, device="cuda")
         seen[selected.flatten().long()] = True  # -1 is the last one, which does not count
         seen = seen[:-1]
-    compressed = table_of(VALUES * normal(entries, sizes.head_dim), seen, form)
+    compressed = table_of(values * normal(entries, sizes.head_dim), seen, form)
     return replace(call, compressed=compressed, ratio=ratio, selected=selected)
 
 
@@ -169,6 +162,17 @@ def test_a_row_does_not_depend_on_the_others(
             found = check(some, case)
             assert_bits(found[-1:], whole.alone(tokens - 1).run(), f"{case}: the last alone")
             assert_bits(found[:1], whole.alone(0).run(), f"{case}: the first alone")
+
+
+@pytest.mark.parametrize("form", ["records", "bf16"])
+def test_values_of_any_size(form: str) -> None:
+    def run(values: float) -> Tensor:
+        generator = torch.Generator("cuda").manual_seed(1)
+        normal = partial(torch.randn, generator=generator, device="cuda")
+        return make_call(FLASH, 3, 3000, "CSA, chosen", form, lambda *shape: normal(shape), 0, values).run()
+
+    for factor in (8, 2**10):
+        assert_bits(run(VALUES * factor), run(VALUES) * factor, f"{form}, values {factor} times as large")
 
 
 @pytest.mark.parametrize("splits", [8, 16])
@@ -225,26 +229,3 @@ def test_a_graph_reads_positions_on_the_device(form: str, cuda_normal: Normal) -
         graph.replay()
         found = captured.clone()
         assert_bits(found, call.run(), f"{form}: replayed at position {last}")
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_f32_chunk(source: str, cuda_normal: Normal) -> None:
-    """attend in f32, behind 130 rows of which the first three are not seen."""
-    tokens, before, start = 37, 130, 700
-    positions = torch.arange(start, start + tokens, device="cuda")
-    window_kv = VALUES * cuda_normal(before + tokens, 512)
-    q, sink = cuda_normal(tokens, TINY.heads, 512) / VALUES, cuda_normal(TINY.heads)
-    always = q, window_kv, sink, positions, cuda_normal(32).sigmoid()
-    options: dict[str, Any] = {"window": WINDOW}
-    if source != "window":
-        visible = (positions + 1) // (128 if source == "HCA" else 4)
-        entries = int(visible[-1]) + UNUSED
-        options["compressed"] = VALUES * cuda_normal(entries, 512)
-        if source == "CSA, chosen":
-            options["selected"] = choose(visible, entries, TINY.index_topk, cuda_normal)
-        else:
-            options["visible"] = visible
-    dirty_memory()
-    want = reference.attend(*always, **options)
-    window_kv[: before - WINDOW + 1] = torch.nan
-    assert_close(attend(*always, **options), want, source, rtol=1e-4, atol=1e-4)
