@@ -79,7 +79,9 @@ QUANT: Chosen = {
         "test_hadamard": ("32-7-bf16", "64-7-f32", "128-7-bf16", "256-7-f32"),
     },
 }
-CHOSEN: Chosen = GEMM | MOE | SAMPLING | COMPRESSOR | QUANT
+# Whole layers, and a million rows: nothing that the kernels' own tests do not start.
+ATTENTION: Chosen = {"test_attention_layer.py": {}, "test_attention_needle.py": {}}
+CHOSEN: Chosen = GEMM | MOE | SAMPLING | COMPRESSOR | QUANT | ATTENTION
 
 
 def is_chosen(file: str, name: str) -> bool | None:
