@@ -69,8 +69,9 @@ def attend_step(
     positions[t] sees positions max(0, p - window + 1) .. p, its own included. compressed [C, Dh or 592]:
     either all entries j < (p + 1) // ``ratio``, or the entries selected[t] (selected [T, I] i32, ascending,
     -1s behind them). Other rows do not matter, be they NaN. sink [H] f32, positions [T] i64, inv_freq [Dr/2]
-    f32; sums, roundings and the inverse RoPE as for ``attend`` -> [T, H, Dh] in q's dtype. Row t has the bits
-    that a call with this query alone gives. Source: docs/model.md 2.7, 2.10, 3.
+    f32; sums, roundings and the inverse RoPE as for ``attend``, but that P keeps 11 bits where it meets codes
+    of records -> [T, H, Dh] in q's dtype. Row t has the bits that a call with this query alone gives. Source:
+    docs/model.md 2.7, 2.10, 3.
     """
     return step.run(
         q,
