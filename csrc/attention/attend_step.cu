@@ -45,8 +45,7 @@ constexpr int kMaxShared = 227 * 1024;
 constexpr int kReceivedAt = 0, kQueriesAt = 0, kPartialAt = 0;
 constexpr int kStatsAt = kReceivedAt + kHeads * kWidth * 4;
 constexpr int kFactorsAt = kStatsAt + kHeads * 16;
-constexpr int kLargestAt = kFactorsAt + kBlocks * 4 * kFactorPitch;
-constexpr int kMaximaAt = kLargestAt + kQuads * 8 * 4;
+constexpr int kMaximaAt = kFactorsAt + kCodes / kBlockColumns * kFactorBytes;
 constexpr int kSumsAt = kMaximaAt + kHeads * kWarps * 4;
 constexpr int kInverseAt = kSumsAt + kHeads * kWarps * 4;
 constexpr int kSinksAt = kInverseAt + kHeads * 4;  // of the heads that this block finishes
@@ -74,14 +73,13 @@ struct Part {
   float most[2];   // of heads g and g + 8: the largest score, in powers of two,
   float sum[2];    // and this lane's part of the sum of P
   int largest;     // scale's byte: sums of codes are of 2^(largest - 127)
-  int scales[2];   // the largest bytes that this warp has met in S
 };
 
-// This warp's scores of a tile to P in shared memory, and the factors of its rows. x: rows `row`, + 1 x heads g, g + 8, -infinity where there is none.
+// This warp's scores of a tile to P in shared memory. x: rows `row`, + 1 x heads g, g + 8, -infinity where there is none.
 // Returns by what the sums of either head so far are to be multiplied.
 template <bool records>
-__device__ inline float2 store_probs(Part& part, const float (&x)[4], int row, unsigned char* memory,
-                                     const unsigned char* tile, int padded, bool last, const Place& p) {
+__device__ inline float2 store_probs(Part& part, const float (&x)[4], int row, unsigned char* memory, int padded, bool last,
+                                     const Place& p) {
   using L = Tail<records>;
   float* maxima = reinterpret_cast<float*>(memory + kMaximaAt);
   float* sums = reinterpret_cast<float*>(memory + kSumsAt);
@@ -91,7 +89,6 @@ __device__ inline float2 store_probs(Part& part, const float (&x)[4], int row, u
     if (p.t == 0) maxima[(p.g + 8 * r) * kWarps + p.warp] = top;
   }
   __syncthreads();
-  if (records) prepare_factors(tile, padded, reinterpret_cast<const int*>(memory + kLargestAt), memory + kFactorsAt);
   float by[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -128,22 +125,19 @@ __device__ inline void use_tile(Part& part, const uint32_t (&a)[kMySteps][4], un
   using F = Form<records>;
   const int padded = (count + 15) / 16 * 16;
   const bool codes = records && p.warp < kCodes / kColumns;
+  unsigned char* factors = memory + kFactorsAt;  // of all blocks of columns
+
   float4* partial = reinterpret_cast<float4*>(memory + kPartialAt) + p.lane;  // [warp, group, lane]
 #pragma unroll 1
   for (int i = 0, row = 8 * p.quad; i < F::kGroups && row < count; ++i, row += 8 * kQuads) {
     float s[4];
-    multiply_scores<records>(s, part.scales, a, tile + row * F::kPitch, p);
+    multiply_scores<records>(s, a, tile + row * F::kPitch, p);
     partial[(p.warp * F::kGroups + i) * kWarp] = make_float4(s[0], s[1], s[2], s[3]);
   }
-  if (records) {
-    int* largest = reinterpret_cast<int*>(memory + kLargestAt) + 8 * p.quad + 2 * p.quarter;
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      const int most = __reduce_max_sync(kFullMask, part.scales[block]);
-      if (p.lane == 0) largest[block] = most;
-    }
-  }
   sync_quad(p.quad);
+  if (const int block = 2 * p.quad + p.quarter - 2; records && p.quarter >= 2 && block < kCodes / kBlockColumns) {
+    prepare_factors(tile, padded, factors + block * kFactorBytes, block, p);  // by those that have least to finish
+  }
   // Each warp of a quad finishes one of its groups.
   float x[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
   const int row = 8 * (p.quad + kQuads * p.quarter) + 2 * p.t;
@@ -159,11 +153,12 @@ __device__ inline void use_tile(Part& part, const uint32_t (&a)[kMySteps][4], un
     if (row < count) x[0] = sum[0] * upper, x[2] = sum[2] * lower;
     if (row + 1 < count) x[1] = sum[1] * upper, x[3] = sum[3] * lower;
   }
-  const float2 by = store_probs<records>(part, x, row, memory, tile, padded, last, p);
+  const float2 by = store_probs<records>(part, x, row, memory, padded, last, p);
   if (last) cluster_arrive_relaxed();  // partial scores have been read
+  factors += p.warp / 2 * kFactorBytes;
   float rescale = 1.0f;
   if (codes) {
-    const int largest = largest_scale(reinterpret_cast<const int*>(memory + kLargestAt), p.warp / 2);
+    const int largest = largest_of(factors);
     rescale = scale_of(max(127 + part.largest - largest, 0));
     part.largest = largest;
   }
@@ -175,10 +170,10 @@ __device__ inline void use_tile(Part& part, const uint32_t (&a)[kMySteps][4], un
   const uint32_t tile_at = uint32_t(__cvta_generic_to_shared(tile));
   const uint32_t probs = uint32_t(__cvta_generic_to_shared(memory)) + kProbsAt;
   if (codes) {
-    multiply_values<true, F>(part.o, tile_at, probs, memory + kFactorsAt + p.warp / 2 * 4 * kFactorPitch, padded, p);
+    multiply_values<true, F>(part.o, tile_at, probs, factors, padded, p);
   } else {
     const uint32_t in_bf16 = probs + (records ? Tail<records>::kProbBytes : 0);
-    multiply_values<false, F>(part.o, tile_at, in_bf16, nullptr, padded, p);
+    multiply_values<false, F>(part.o, tile_at, in_bf16, factors, padded, p);
   }
 }
 
@@ -289,6 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_step_kernel(const __grid_c
   float2* angles = reinterpret_cast<float2*>(memory + kAnglesAt);
   if (warp % 8 == 0 && finishes) sinks[own] = c.sink[head] * kLog2e;
   if (warp == kWarps - 1) angles[lane].x = c.inv_freq[lane];
+  if (threadIdx.x < kCodes / kBlockColumns) largest_of(memory + kFactorsAt + threadIdx.x * kFactorBytes) = 0;
   __syncthreads();
   wait_for_launch_before();
 

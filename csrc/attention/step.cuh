@@ -18,7 +18,7 @@ constexpr int kBlockColumns = 64;             // columns that share a scale
 constexpr int kCodes = 448;                   // of a record; then 64 columns in bf16, then
 constexpr int kScalesAt = kCodes + 2 * 2 * kRotaryPairs;
 constexpr int kFactorPitch = 80;              // bytes of the factors of a tile that one t of a quad of lanes reads
-constexpr int kBlocks = kCodes / kBlockColumns;      // of a record
+constexpr int kFactorBytes = 4 * kFactorPitch + 16;  // of a block, and the scale that they are relative to
 
 template <bool records>
 struct Form {
@@ -175,10 +175,10 @@ __device__ inline void load_queries(uint32_t (&a)[kMySteps][4], uint32_t queries
 }
 
 // s = q times the eight rows of a tile from `tile` on, in the warp's quarter of the columns: two blocks of 64, each a chain of
-// MMAs of its own. `largest` grows to the bytes of the largest scales of the two blocks.
+// MMAs of its own.
 template <bool records>
-__device__ inline void multiply_scores(float (&s)[4], int (&largest)[2], const uint32_t (&a)[kMySteps][4],
-                                       const unsigned char* tile, const Place& p) {
+__device__ inline void multiply_scores(float (&s)[4], const uint32_t (&a)[kMySteps][4], const unsigned char* tile,
+                                       const Place& p) {
   constexpr int kPitch = Form<records>::kPitch, kHalf = kMySteps / 2;
   const uint32_t at = uint32_t(__cvta_generic_to_shared(tile)) + p.lane % 8 * kPitch + p.lane / 8 * 16;
   float d[2][4] = {};
@@ -213,7 +213,6 @@ __device__ inline void multiply_scores(float (&s)[4], int (&largest)[2], const u
     for (int row = 0; row < 2; ++row) {
       const unsigned char* scales = tile + (2 * p.t + row) * kPitch + kScalesAt + 2 * p.quarter;
       const float of_first = scale_of(scales[0]), of_second = p.quarter < 3 ? scale_of(scales[1]) : 1.0f;
-      largest[0] = max(largest[0], int(scales[0])), largest[1] = max(largest[1], int(scales[1]));
 #pragma unroll
       for (int j = row; j < 4; j += 2) s[j] = fmaf(d[0][j], of_first, d[1][j] * of_second);
     }
@@ -225,21 +224,30 @@ __device__ inline void multiply_scores(float (&s)[4], int (&largest)[2], const u
   }
 }
 
-__device__ inline int largest_scale(const int* largest, int block) {
-  return max(max(largest[block], largest[8 + block]), max(largest[16 + block], largest[24 + block]));
-}
+// Of a block of columns: the byte of the largest scale of all rows so far, behind the factors of a tile.
+__device__ inline int& largest_of(unsigned char* factors) { return *reinterpret_cast<int*>(factors + 4 * kFactorPitch); }
 
-// The powers of two of a tile's rows, relative to the largest of each block so far: pairs of fp16 in the order of
-// multiply_values. largest [4, 8]: bytes of scales of the quads' rows and of all blocks. All threads.
-__device__ inline void prepare_factors(const unsigned char* tile, int padded, const int* largest, unsigned char* factors) {
-  const int block = threadIdx.x % 8;
-  const int most = largest_scale(largest, block);
-  for (int row = threadIdx.x / 8; row < padded && block < kBlocks; row += kThreads / 8) {
-    const int less = most - tile[row * Form<true>::kPitch + kScalesAt + block];
+// The powers of two of `block` of a tile's rows, relative to the largest so far: pairs of fp16 in the order of
+// multiply_values. One warp.
+__device__ inline void prepare_factors(const unsigned char* tile, int padded, unsigned char* factors, int block,
+                                       const Place& p) {
+  constexpr int kPitch = Form<true>::kPitch, kEach = Form<true>::kRows / kWarp;
+  int scale[kEach], most = largest_of(factors);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int row = p.lane + i * kWarp;
+    scale[i] = row < padded ? tile[row * kPitch + kScalesAt + block] : 0;
+    most = max(most, scale[i]);
+  }
+  most = __reduce_max_sync(kFullMask, most);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int row = p.lane + i * kWarp, less = most - scale[i];
     const uint32_t bits = less < 15 ? (15 - less) << 10 : 0x400u >> min(less - 14, 31);  // 2^-less
     const int place = row % 8 / 2 * kFactorPitch + row / 16 * 8 + row % 16 / 8 * 4 + row % 2 * 2;
-    *reinterpret_cast<uint16_t*>(factors + block * 4 * kFactorPitch + place) = uint16_t(bits);
+    *reinterpret_cast<uint16_t*>(factors + place) = uint16_t(bits);
   }
+  if (p.lane == 0) largest_of(factors) = most;
 }
 
 // o += P times columns 32 warp .. + 31 of the tile. Sums of codes: o[2 c] has columns 16 c + 4 t and + 2, o[2 c + 1] the
