@@ -208,9 +208,9 @@ struct OperationOf<launcher> {
   OP(attend_f32, "(Tensor q, Tensor window_rows, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int rows, int window, int entries, int ratio, int top_k, bool ring) -> ()") \
   OP(attend_tiles, "(Tensor q, Tensor window_kv, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int before, int window, int entries, int top_k, bool small) -> ()") \
   OP(attend_wgmma, "(Tensor q, Tensor window_kv, Tensor sink, Tensor positions, Tensor inv_freq, Tensor? compressed, Tensor? visible, Tensor? selected, Tensor(a!) out, int tokens, int heads, int before, int window, int entries, int top_k) -> ()") \
-  OP(index_scores, "(Tensor q, Tensor keys, Tensor weights, Tensor visible, Tensor(a!) out, int tokens, int heads, int entries, int least, bool portable) -> ()") \
+  OP(index_scores, "(Tensor q, Tensor keys, Tensor weights, Tensor visible, Tensor(a!) out, Tensor(b!)? best, int tokens, int heads, int entries, int least, bool portable) -> ()") \
   OP(index_scores_f32, "(Tensor q, Tensor keys, Tensor weights, Tensor visible, Tensor(a!) out, int tokens, int heads, int entries, int least) -> ()") \
-  OP(select_topk, "(Tensor scores, Tensor visible, Tensor(a!) out, int tokens, int entries, int top_k) -> ()") \
+  OP(select_topk, "(Tensor scores, Tensor? best, Tensor visible, Tensor(a!) out, int tokens, int entries, int top_k) -> ()") \
   OP(sample_largest, "(Tensor logits, Tensor(a!) out, int vocab) -> ()") \
   OP(argmax_head, "(Tensor x, Tensor w, Tensor codes, Tensor scale, Tensor error, Tensor norm, Tensor(a!) upper, Tensor(b!) out, int vocab, int width, int padded) -> ()") \
   OP(sample_ranked, "(Tensor ranked, Tensor ids, Tensor(a!) out, int vocab, float temperature, int top_k, float top_p, float min_p, int seed, int position) -> ()") \

@@ -202,14 +202,17 @@ cudaError_t attend_wgmma(In q, In window_kv, const float* sink, const int64_t* p
 
 // room indexer: keys [C, 128] bf16 or index records [C, 68]; heads of 128 values, up to 128 of them. Of the entries that
 // a query sees, none is scored where they are not more than `least`. portable: mma.sync on every architecture.
-cudaError_t index_scores(In q, In keys, const float* weights, const int64_t* visible, float* out, int64_t tokens,
-                         int64_t heads, int64_t entries, int64_t least, bool portable, cudaStream_t stream);
+// best [T, 4 ceil(C / 64)]: of every 16 entries the largest score, as an integer of the same order (common/order.cuh).
+cudaError_t index_scores(In q, In keys, const float* weights, const int64_t* visible, float* out, Maybe<int32_t> best,
+                         int64_t tokens, int64_t heads, int64_t entries, int64_t least, bool portable,
+                         cudaStream_t stream);
 cudaError_t index_scores_f32(const float* q, const float* keys, const float* weights, const int64_t* visible,
                              float* out, int64_t tokens, int64_t heads, int64_t entries, int64_t least,
                              cudaStream_t stream);
 // out [T, min(top_k, C)]. Where no more than top_k entries are visible, no score is read.
-cudaError_t select_topk(const float* scores, const int64_t* visible, int32_t* out, int64_t tokens, int64_t entries,
-                        int64_t top_k, cudaStream_t stream);
+// best: what index_scores left of up to 8 rows, or nothing.
+cudaError_t select_topk(const float* scores, Maybe<const int32_t> best, const int64_t* visible, int32_t* out,
+                        int64_t tokens, int64_t entries, int64_t top_k, cudaStream_t stream);
 
 // benchmarks
 cudaError_t read_stream(const float* x, float* out, int64_t vectors, int64_t blocks, cudaStream_t stream);

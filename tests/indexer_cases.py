@@ -73,6 +73,17 @@ def make_call(heads: int, tokens: int, entries: int, keys: str, normal: Normal) 
     return Call(q, table, normal(tokens, heads), visible_of(tokens, most, normal))
 
 
+def best_of(scores: Tensor, visible: Tensor) -> Tensor:
+    """What index_scores leaves of every 16 entries: [T, 4 ceil(C / 64)] i32, -1 where none is seen."""
+    entries = scores.shape[1]
+    bits = (scores + 0.0).view(torch.int32).long() & 0xFFFFFFFF
+    keys = torch.where(bits >> 31 == 1, 0xFFFFFFFF - bits, bits + 0x80000000)
+    keys = keys.masked_fill(scores.isnan(), 0xFFFFFFFF)
+    keys = keys.masked_fill(torch.arange(entries, device=scores.device) >= visible[:, None], -1)
+    keys = torch.nn.functional.pad(keys, (0, -entries % 64), value=-1)
+    return keys.unflatten(1, (-1, 16)).amax(dim=2).to(torch.int32)
+
+
 def check_scores(call: Call, form: str | None, case: str, rtol: float = 1e-5) -> Tensor:
     """Within ``rtol`` of the largest sum of terms of the row; returns the kernel's."""
     found, (want, sums) = call.scores(form), call.want()

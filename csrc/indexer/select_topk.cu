@@ -15,10 +15,22 @@
 // depends on the order in which they are added, and the choice is the same however a row is divided.
 // Of a row that sees no more than k entries no score is read.
 //
-// Launches overlap (common/overlap.cuh): histograms are cleared while the scores are still computed.
-// Bytes: a row's visible scores once from L2. Expected: 4,096 entries 3.5 us, 32,768 entries 5.5 us, 262,144 entries
-// 10 us, of which 1 to 2 us are hidden behind index_scores; 8,192 rows of 15,400 entries 0.4 ms.
+// A step goes another way where rows have up to 8,192 entries, or up to 262,144 of which index_scores left the best of
+// every 16: one block a row, no cluster. As many groups of 16 as are wanted hold at least as many scores no worse than
+// the worst of these groups' bests: what lies below is out of the question. So the block reads 16,384 numbers, not
+// 262,144, then the groups that may hold a winner, for 512 winners about 600, and chooses among their 9,600 entries, of
+// which 550 are above the bound. A row of up to 8,192 visible entries is read whole. What is read stays in shared
+// memory. Digits have 11 bits of the distance from the largest key, and the first begins where the distances do: two
+// passes, as a rule. Where more groups may hold a winner than there is room for (many equal scores), one block goes the
+// first way.
+//
+// Launches overlap (common/overlap.cuh): histograms are cleared while the scores are still computed, and a step's block
+// runs through its passes once with zeros, which brings their code to the multiprocessor.
+// Bytes: a row's visible scores once from L2; of a step's long row 64 KB of bests and 40 KB of scores. Expected of a
+// step alone: 4,096 entries 4 us, 32,768 entries 5 us, 262,144 entries 6 us, a launch's 1.2 us among them; 8,192 rows
+// of 15,400 entries 0.6 ms.
 // sass select_topk_kernel: LDG.E.128, ATOMS
+// sass select_step_kernel: LDGSTS, ATOMS
 #include "common/barrier.cuh"
 #include "common/cluster.cuh"
 #include "common/device.cuh"
@@ -44,6 +56,7 @@ static_assert(kCluster == 8 && kLanesPerBin == 2, "eight lanes that hold four bi
 
 struct Select {
   const float* scores;     // [T, C]
+  const uint4* best;       // [T, ceil(C / 64)] x 4: the largest key of every 16 entries, or null
   const int64_t* visible;  // [T]
   int32_t* out;            // [T, width]
   int64_t entries;
@@ -205,42 +218,22 @@ __device__ Tally tally_before(Shared<kBlocks>& shared, const Tally& mine, int ra
   return before;
 }
 
-// kBlocks: of a cluster, whose first block alone takes a row that is not divided.
 template <int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks > 1 ? 1 : 2) select_topk_kernel(const Select p) {
-  extern __shared__ unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<kBlocks>*>(memory);
-  let_next_launch_start();
-  const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0), rank = blockIdx.x % kBlocks;
-  const int64_t token = blockIdx.x / kBlocks;
+__device__ void clear(Shared<kBlocks>& shared) {
   for (int i = threadIdx.x; i < kBins * kWarp / 4; i += kThreads) reinterpret_cast<uint4*>(shared.bins)[i] = {};
-  if constexpr (kBlocks > 1) {
-    if (threadIdx.x == 0) {
-      const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared.arrived));
-      for (int i = 0; i <= kDigits; ++i) make_barrier(barrier + 8 * i, 1);
-      publish_barriers();
-      for (int i = 0; i < kDigits; ++i) expect_bytes(barrier + 8 * i, sizeof(shared.counts[0]));
-      expect_bytes(barrier + 8 * kDigits, sizeof(shared.totals));
-    }
-    cluster_arrive();
-    wait_for_launch_before();
-    cluster_wait();
-  } else {
-    wait_for_launch_before();
-    __syncthreads();
-  }
+}
 
-  const int64_t sees = p.visible[token];
-  const int seen = int(sees < 0 ? 0 : sees < p.entries ? sees : p.entries);
+// Chooses among the `seen` entries of a row, more than are wanted, by this block or by all of a cluster. The histogram
+// is cleared.
+template <int kBlocks>
+__device__ void choose_by_digits(const Select& p,
+                                 Shared<kBlocks>& shared,
+                                 int64_t token,
+                                 int seen,
+                                 int rank,
+                                 bool divided) {
+  const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0);
   int32_t* const out = p.out + token * p.width;
-  if (seen <= p.top_k) {
-    if (rank > 0) return;
-    for (int i = threadIdx.x; i < p.width; i += kThreads) out[i] = i < seen ? i : -1;
-    return;
-  }
-  const bool divided = kBlocks > 1 && seen > kAlone;
-  if (!divided && rank > 0) return;
-
   const int64_t start = token * p.entries;
   Piece piece = {.skew = int(start % kTogether)};
   piece.base = p.scores + start - piece.skew;
@@ -310,6 +303,252 @@ __global__ void __launch_bounds__(kThreads, kBlocks > 1 ? 1 : 2) select_topk_ker
   });
 }
 
+// kBlocks: of a cluster, whose first block alone takes a row that is not divided.
+template <int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks > 1 ? 1 : 2) select_topk_kernel(const Select p) {
+  extern __shared__ unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared<kBlocks>*>(memory);
+  let_next_launch_start();
+  const int rank = blockIdx.x % kBlocks;
+  const int64_t token = blockIdx.x / kBlocks;
+  clear(shared);
+  if constexpr (kBlocks > 1) {
+    if (threadIdx.x == 0) {
+      const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared.arrived));
+      for (int i = 0; i <= kDigits; ++i) make_barrier(barrier + 8 * i, 1);
+      publish_barriers();
+      for (int i = 0; i < kDigits; ++i) expect_bytes(barrier + 8 * i, sizeof(shared.counts[0]));
+      expect_bytes(barrier + 8 * kDigits, sizeof(shared.totals));
+    }
+    cluster_arrive();
+    wait_for_launch_before();
+    cluster_wait();
+  } else {
+    wait_for_launch_before();
+    __syncthreads();
+  }
+
+  const int64_t sees = p.visible[token];
+  const int seen = int(sees < 0 ? 0 : sees < p.entries ? sees : p.entries);
+  int32_t* const out = p.out + token * p.width;
+  if (seen <= p.top_k) {
+    if (rank > 0) return;
+    for (int i = threadIdx.x; i < p.width; i += kThreads) out[i] = i < seen ? i : -1;
+    return;
+  }
+  const bool divided = kBlocks > 1 && seen > kAlone;
+  if (!divided && rank > 0) return;
+  choose_by_digits(p, shared, token, seen, rank, divided);
+}
+
+// A row of a step. Keys lie in pieces of four: the best of four groups, or four entries.
+constexpr int kGroup = 16;           // entries whose best index_scores leaves
+constexpr int kPieces = 8192;        // that there is room for: 32,768 entries
+constexpr int kStepBits = 11, kStepBins = 1 << kStepBits;
+constexpr int kLongest = 1 << 18;    // entries
+constexpr int kSingle = 2048;        // pieces of groups above which four groups count as one
+
+static_assert(kStepBins == 4 * kThreads && kLongest / kGroup / 4 <= kPieces && kLongest / kGroup <= 1 << 16);
+
+struct alignas(16) Step {
+  uint4 pieces[kPieces];
+  unsigned bins[kStepBins];  // the first is that of the largest keys
+  uint16_t groups[kPieces / 4];
+  unsigned low[kWarps], high[kWarps], sums[kWarps];
+  Found found;
+};
+static_assert(sizeof(Shared<1>) <= sizeof(Step));
+
+__device__ inline unsigned sum_through(unsigned x) {  // of this lane and those before
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const unsigned earlier = __shfl_up_sync(kFullMask, x, step);
+    if (int(threadIdx.x % kWarp) >= step) x += earlier;
+  }
+  return x;
+}
+
+// The sum over all threads before this one, with a barrier; `total` is that over all.
+__device__ inline unsigned sum_before(Step& shared, unsigned x, unsigned& total) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const unsigned through = sum_through(x);
+  if (lane == kWarp - 1) shared.sums[warp] = through;
+  __syncthreads();
+  const unsigned of_warp = lane < kWarps ? shared.sums[lane] : 0;
+  total = __reduce_add_sync(kFullMask, of_warp);
+  return __reduce_add_sync(kFullMask, lane < warp ? of_warp : 0) + through - x;
+}
+
+// The bin of the `needed`-th largest; all bins are cleared. Begins and ends with a barrier.
+__device__ inline Found find_step_bin(Step& shared, unsigned needed) {
+  __syncthreads();
+  uint4& own = reinterpret_cast<uint4*>(shared.bins)[threadIdx.x];
+  const uint4 four = own;
+  own = {};
+  const unsigned counts[] = {four.x, four.y, four.z, four.w}, sum = (four.x + four.y) + (four.z + four.w);
+  unsigned total, above = sum_before(shared, sum, total);
+  if (above < needed && needed <= above + sum) {
+    Found mine = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (above < needed && needed <= above + counts[i]) mine = {4 * threadIdx.x + i, needed - above, counts[i]};
+      above += counts[i];
+    }
+    shared.found = mine;
+  }
+  __syncthreads();
+  return shared.found;
+}
+
+// The least and the largest key above 0 of the block, with a barrier. `less` is one less than a thread's least.
+__device__ inline void find_range(Step& shared, unsigned less, unsigned high, unsigned& top, unsigned& span) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  less = __reduce_min_sync(kFullMask, less), high = __reduce_max_sync(kFullMask, high);
+  if (lane == 0) shared.low[warp] = less, shared.high[warp] = high;
+  __syncthreads();
+  top = __reduce_max_sync(kFullMask, shared.high[lane % kWarps]);
+  span = top - (__reduce_min_sync(kFullMask, shared.low[lane % kWarps]) + 1);
+}
+
+template <class Use>
+__device__ inline void for_items(const uint4& keys, bool as_one, Use&& use) {
+  if (as_one) return use(max(max(keys.x, keys.y), max(keys.z, keys.w)));
+  use(keys.x), use(keys.y), use(keys.z), use(keys.w);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) select_step_kernel(const Select p) {
+  extern __shared__ unsigned char memory[];
+  auto& shared = *reinterpret_cast<Step*>(memory);
+  let_next_launch_start();
+  const int64_t token = blockIdx.x, pieces_of_best = ceil_div(p.entries, 4 * kGroup);
+  const auto* scores = reinterpret_cast<const uint4*>(p.scores + token * p.entries);
+  int32_t* const out = p.out + token * p.width;
+  fetch_to_l2(p.visible + token);
+  reinterpret_cast<uint4*>(shared.bins)[threadIdx.x] = {};
+  shared.pieces[threadIdx.x] = {};
+
+  enum { kZeros, kBest, kEntries } stage = kZeros;
+  int seen = 0, pieces = kThreads, limit = 4 * kThreads;  // limit: places of keys that exist
+  unsigned least = 1;   // keys below it are out of the question and become 0
+  bool listed = false;  // entries are those of shared.groups, not the row's first
+#pragma unroll 1
+  while (true) {
+    wait_async_copies();
+    __syncthreads();
+    // An odd number of neighbouring pieces a thread: lanes that read them meet no bank twice.
+    const int own = int(ceil_div(pieces, kThreads)) | 1;
+    const int first = min(int(threadIdx.x) * own, pieces), end = min(first + own, pieces);
+    const bool as_one = stage == kBest && pieces > kSingle && pieces >= p.top_k;
+    auto place_of = [&](int i) { return listed ? shared.groups[i / 4] * kGroup + i % 4 * 4 : 4 * i; };
+    unsigned less = ~0u, high = 0;
+#pragma unroll 1
+    for (int i = first; i < end; ++i) {
+      const int place = place_of(i);
+      auto key_of = [&](unsigned bits, int at) {
+        const unsigned key = stage == kEntries ? ordered(__uint_as_float(bits)) : bits;
+        return at < limit && key >= least ? key : 0;
+      };
+      uint4 v = shared.pieces[i];
+      v = {key_of(v.x, place), key_of(v.y, place + 1), key_of(v.z, place + 2), key_of(v.w, place + 3)};
+      shared.pieces[i] = v;
+      for_items(v, as_one, [&](unsigned key) { less = min(less, key - 1), high = max(high, key); });
+    }
+
+    // The needed-th largest key lies in [top - span, top]; bins divide that. Of groups, a few more than are wanted do.
+    unsigned top, span, needed = stage == kZeros ? 1 : p.top_k;
+    find_range(shared, less, high, top, span);
+    Found found;
+    const unsigned slack = stage == kEntries ? 0 : p.top_k / 4;
+    int shift;
+#pragma unroll 1
+    do {
+      shift = max(32 - kStepBits - __clz(span), 0);
+#pragma unroll 1
+      for (int i = first; i < end; ++i) {
+        for_items(shared.pieces[i], as_one, [&](unsigned key) {
+          if (top - key <= span) atomicAdd(&shared.bins[(top - key) >> shift], 1u);
+        });
+      }
+      found = find_step_bin(shared, needed);
+      needed = found.needed;
+      top -= found.bin << shift;
+      span = min(span - (found.bin << shift), (1u << shift) - 1);
+    } while (found.count - needed > slack && shift > 0);
+
+    // Keys above `bound` are taken, and of those from `least` on the first `needed`: only equal ones are left out.
+    least = top - span;
+    const bool ties = stage == kEntries && found.count > needed;
+    const unsigned bound = ties ? top : least - 1;
+    if (!ties) needed = 0;
+    unsigned mine = 0, total;  // above the bound in the low half, at it in the high half
+#pragma unroll 1
+    for (int i = first; i < end; ++i) {
+      for_items(shared.pieces[i], false, [&](unsigned key) { mine += key > bound ? 1 : key >= least ? 0x10000 : 0; });
+    }
+    const unsigned before = sum_before(shared, mine, total);
+    unsigned above = before & 0xffff, equal = before >> 16;
+#pragma unroll 1
+    for (int i = first; i < end; ++i) {
+      int place = place_of(i);
+      for_items(shared.pieces[i], false, [&](unsigned key) {
+        if (key > bound || (key >= least && equal < needed)) {
+          const unsigned to = above + min(equal, needed);
+          if (stage == kEntries) out[to] = place;
+          else if (to < kPieces / 4) shared.groups[to] = uint16_t(place);
+        }
+        above += key > bound, equal += key <= bound && key >= least;
+        ++place;
+      });
+    }
+    if (stage == kEntries) return;
+    __syncthreads();
+
+    auto copy = [&](const uint4* from, int count) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < count; i += kThreads) copy_async_16(&shared.pieces[i], from + i, true);
+    };
+    if (stage == kBest) {
+      if (total > kPieces / 4) break;
+      stage = kEntries, pieces = 4 * int(total), limit = seen, listed = true;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < pieces; i += kThreads) {
+        const int from = place_of(i);
+        copy_async_16(&shared.pieces[i], scores + from / 4, from < p.entries);
+      }
+      continue;
+    }
+    // What is needed in most cases is under way before it is known how much the row sees.
+    wait_for_launch_before();
+    const bool few = p.entries <= kAlone;
+    copy(few ? scores : p.best + token * pieces_of_best, int(few ? p.entries / 4 : pieces_of_best));
+    const int64_t sees = p.visible[token];
+    seen = int(sees < 0 ? 0 : sees < p.entries ? sees : p.entries);
+    const int groups = int(ceil_div(seen, kGroup));
+    if (seen <= p.top_k) {
+      wait_async_copies();
+      for (int i = threadIdx.x; i < p.width; i += kThreads) out[i] = i < seen ? i : -1;
+      return;
+    }
+    stage = few || seen <= kAlone || groups <= p.top_k ? kEntries : kBest;
+    limit = stage == kEntries ? seen : groups;
+    pieces = int(ceil_div(limit, 4));
+    least = 1;
+    if (few || stage == kBest) continue;
+    if (pieces > kPieces) break;
+    wait_async_copies();
+    __syncthreads();
+    copy(scores, pieces);
+  }
+
+  // All of the row's entries, by digits: the room is that of the pieces.
+  wait_async_copies();
+  __syncthreads();
+  auto& digits = *reinterpret_cast<Shared<1>*>(memory);
+  clear(digits);
+  __syncthreads();
+  choose_by_digits(p, digits, token, seen, 0, false);
+}
+
 template <int kBlocks>
 cudaError_t start(const Select& p, int64_t tokens, cudaStream_t stream) {
   constexpr size_t kBytes = sizeof(Shared<kBlocks>);
@@ -322,14 +561,25 @@ cudaError_t start(const Select& p, int64_t tokens, cudaStream_t stream) {
   return launch(kernel, grid, stream, p);
 }
 
+cudaError_t start_step(const Select& p, int64_t tokens, cudaStream_t stream) {
+  static const cudaError_t ready =
+      cudaFuncSetAttribute(select_step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Step)));
+  if (ready != cudaSuccess) return ready;
+  const Grid grid = {.blocks = tokens, .threads = kThreads, .shared = sizeof(Step), .overlap = true};
+  return launch(select_step_kernel, grid, stream, p);
+}
+
 }  // namespace
 
-cudaError_t select_topk(const float* scores, const int64_t* visible, int32_t* out, int64_t tokens, int64_t entries,
-                        int64_t top_k, cudaStream_t stream) {
+cudaError_t select_topk(const float* scores, Maybe<const int32_t> best, const int64_t* visible, int32_t* out,
+                        int64_t tokens, int64_t entries, int64_t top_k, cudaStream_t stream) {
   if (tokens < 1 || entries < 1 || entries > kMaxEntries || top_k < 1) return cudaErrorInvalidValue;
-  if (uintptr_t(scores) % 16) return cudaErrorMisalignedAddress;
-  Select p = {scores, visible, out, entries};
+  if ((uintptr_t(scores) | uintptr_t(best.data)) % 16) return cudaErrorMisalignedAddress;
+  Select p = {scores, reinterpret_cast<const uint4*>(best.data), visible, out, entries};
   p.width = p.top_k = int(top_k < entries ? top_k : entries);
+  if (tokens <= kStep && entries % 4 == 0 && (entries <= kAlone || (p.best && entries <= kLongest))) {
+    return start_step(p, tokens, stream);
+  }
   return tokens <= kStep && entries > kAlone ? start<kCluster>(p, tokens, stream) : start<1>(p, tokens, stream);
 }
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from indexer_cases import Normal, check_scores, make_call
+from indexer_cases import Normal, best_of, check_scores, make_call
 from numeric import assert_bits, poison
 from shapes import FLASH, TINY, Sizes
 
@@ -85,11 +85,15 @@ def test_only_what_is_asked_for_is_written(keys: str, form: str, cuda_normal: No
         call = make_call(FLASH.index_heads, tokens, 700, keys, cuda_normal)
         out, scores = torch.empty((tokens, 700), device="cuda"), call.scores(form).view(torch.int32)
         for least in (0, 300, 700):
+            best = torch.full((tokens, 44), -1, dtype=torch.int32, device="cuda") if tokens == 5 else None
             poison(out)
-            _C.index_scores(*call.operands(), out, *call.q.shape[:2], 700, least, form == "mma")
+            _C.index_scores(*call.operands(), out, best, *call.q.shape[:2], 700, least, form == "mma")
             written = call.seen() & (call.visible > least)[:, None]
             want = torch.where(written, scores, -1)
             assert_bits(out.view(torch.int32), want, f"{keys}, {form}, {tokens} tokens, {least=}")
+            if best is not None:
+                seen = torch.where(call.visible > least, call.visible, 0)
+                assert_bits(best, best_of(out, seen), f"{keys}, {form}, {least=}: best of 16")
 
 
 @FORMS

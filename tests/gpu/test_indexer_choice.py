@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from indexer_cases import Normal, make_call, visible_of
+from indexer_cases import Normal, best_of, make_call, visible_of
 from numeric import assert_bits, assert_layout, assert_reproducible, dirty_memory, without_allocator
 from shapes import FLASH, MODELS, TINY, Sizes
 from torch import Tensor
 
+from dsv4 import _C
 from dsv4.ops.formats import MAX_STEP
 from dsv4.ops.indexer import choose_entries, launch, reference, select_topk
 
@@ -61,6 +62,26 @@ def test_choice_of_own_scores(tokens: int, entries: int, cuda_normal: Normal) ->
     assert_bits(found, want, f"{entries} entries, more visible than there are, and fewer than none")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "entries"),
+    [(3, 8196), (2, 16384), (2, 32768)]
+    + [pytest.param(*sizes, marks=LARGE) for sizes in ((8, 40000), (2, 131136), (1, 262140), (8, 262144))],
+)
+def test_choice_by_the_best_of_groups(tokens: int, entries: int, cuda_normal: Normal) -> None:
+    """Also where more groups may hold a winner than there is room for, or winners are neighbours."""
+    near = {"neighbours": lambda s: s + 4 * s[:, ::100].repeat_interleave(100, dim=1)[:, : s.shape[1]]}
+    for name, kind in (KINDS | near).items():
+        scores, visible = kind(cuda_normal(tokens, entries)), visible_of(tokens, entries, cuda_normal)
+        scores = scores.masked_fill(torch.arange(entries, device="cuda") >= visible[:, None], torch.nan)
+        best = best_of(scores, visible)
+        for top_k in (64, 512, 1024, 3000):
+            found = torch.empty((tokens, top_k), dtype=torch.int32, device="cuda")
+            dirty_memory()
+            _C.select_topk(scores, best, visible, found, tokens, entries, top_k)
+            want = reference.select_topk(scores.cpu(), visible.cpu(), top_k=top_k)
+            assert_bits(found.cpu(), want, f"{name}, {top_k} of {entries}, {tokens} tokens")
+
+
 def test_a_choice_does_not_depend_on_the_others(cuda_normal: Normal) -> None:
     """With few and with many entries, where a row may be divided; rows at any place of 16 bytes."""
     for entries in (700, 8193, 16386):
@@ -109,7 +130,7 @@ def test_parts_of_queries(monkeypatch: pytest.MonkeyPatch, cuda_normal: Normal) 
 
 @pytest.mark.parametrize("tokens", range(1, MAX_STEP + 1))
 def test_a_row_of_a_step(tokens: int, cuda_normal: Normal) -> None:
-    for entries in (100, 3000, 20000):
+    for entries in (100, 3000, 20000, 20001):
         call = make_call(TINY.index_heads, tokens, entries, "records", cuda_normal)
         whole = choose_entries(*call.operands(), top_k=64)
         for t in range(tokens):

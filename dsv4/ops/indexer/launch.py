@@ -5,13 +5,15 @@ from torch import Tensor
 
 from dsv4 import _C
 from dsv4.ops.checks import FLOATS, Shapes
-from dsv4.ops.formats import INDEX_CODES, INDEX_RECORD
+from dsv4.ops.formats import INDEX_CODES, INDEX_RECORD, MAX_STEP
 
 FORMS = ("wgmma", "mma")
 MAX_HEADS = 128  # of bf16 queries
 MAX_ENTRIES = 1 << 30
 SCORE_BYTES = 1 << 28  # of the scores that are kept at once
 TILE = 8  # queries that a block takes; parts of a call are a multiple of so many
+GROUP = 16  # entries whose best score is kept for the choice of a step,
+BEST_ENTRIES = (8192, 1 << 18)  # of more than so many entries and up to so many
 
 
 def score(q: Tensor, keys: Tensor, weights: Tensor, visible: Tensor, *, form: str | None = None) -> Tensor:
@@ -19,7 +21,7 @@ def score(q: Tensor, keys: Tensor, weights: Tensor, visible: Tensor, *, form: st
     tokens, _, entries = _sizes(q, keys, weights, visible)
     out = q.new_empty((tokens, entries), dtype=torch.float32)
     if out.numel():
-        _score_into(out, q, keys, weights, visible, 0, form)
+        _score_into(out, None, q, keys, weights, visible, 0, form)
     return out
 
 
@@ -32,7 +34,7 @@ def select(scores: Tensor, visible: Tensor, *, top_k: int) -> Tensor:
     _check_choice(entries, top_k)
     out = visible.new_empty((tokens, min(top_k, entries)), dtype=torch.int32)
     if out.numel():
-        _C.select_topk(scores, visible, out, tokens, entries, top_k)
+        _C.select_topk(scores, None, visible, out, tokens, entries, top_k)
     return out
 
 
@@ -47,11 +49,12 @@ def choose(
         return out
     rows, needed = queries_at_once(tokens, entries), entries > top_k
     scores = q.new_empty((rows if needed else 0, entries), dtype=torch.float32)
+    best = _new_best(q, entries) if needed else None
     for first in range(0, tokens, rows):
         part = slice(first, min(first + rows, tokens))
         if needed:
-            _score_into(scores, q[part], keys, weights[part], visible[part], top_k, form)
-        _C.select_topk(scores, visible[part], out[part], part.stop - first, entries, top_k)
+            _score_into(scores, best, q[part], keys, weights[part], visible[part], top_k, form)
+        _C.select_topk(scores, best, visible[part], out[part], part.stop - first, entries, top_k)
     return out
 
 
@@ -66,8 +69,23 @@ def default_form() -> str:
     return "wgmma" if torch.cuda.get_device_capability() == (9, 0) else "mma"
 
 
+def _new_best(q: Tensor, entries: int) -> Tensor | None:
+    """Room for the best score of every ``GROUP`` entries of a row, in whole fours, or None where unused."""
+    few, most = BEST_ENTRIES
+    if q.dtype != torch.bfloat16 or q.shape[0] > MAX_STEP or not few < entries <= most or entries % 4:
+        return None
+    return q.new_empty((q.shape[0], 4 * -(-entries // (4 * GROUP))), dtype=torch.int32)
+
+
 def _score_into(
-    out: Tensor, q: Tensor, keys: Tensor, weights: Tensor, visible: Tensor, least: int, form: str | None
+    out: Tensor,
+    best: Tensor | None,
+    q: Tensor,
+    keys: Tensor,
+    weights: Tensor,
+    visible: Tensor,
+    least: int,
+    form: str | None,
 ) -> None:
     """Scores of the queries that see more than ``least`` entries; all sizes are positive and checked."""
     tensors, numbers = (q, keys, weights, visible, out), (*q.shape[:2], keys.shape[0], least)
@@ -77,7 +95,7 @@ def _score_into(
         return
     form = form or default_form()
     assert form in FORMS, f"form: expected one of {FORMS}, found {form!r}"
-    _C.index_scores(*tensors, *numbers, form == "mma")
+    _C.index_scores(*tensors, best, *numbers, form == "mma")
 
 
 def _sizes(q: Tensor, keys: Tensor, weights: Tensor, visible: Tensor) -> tuple[int, int, int]:
