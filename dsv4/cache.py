@@ -94,7 +94,8 @@ class CompressorState:
         shape = (2 * ratio, 2 * width) if self.kept else (ratio, width)
         self.tail_kv = torch.zeros(shape, dtype=torch.float32, device=device)
         self.tail_gate = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
-        self.rows = form.table(max(1, max_context // ratio), width, device)
+        entries = max(1, max_context // ratio)
+        self.rows = form.table(-(-entries // 4) * 4, width, device)  # in fours, as the indexer likes them best
 
     @property
     def has_records(self) -> bool:
