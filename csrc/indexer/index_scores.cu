@@ -309,9 +309,12 @@ __device__ inline void multiply_keys_wgmma(const uint32_t (&a)[kSteps][4], const
   }
 }
 
-// kOne: by wgmma, one query whose heads are one slot.
-template <class Keys, bool kWgmma, bool kOne>
-__global__ void __launch_bounds__(groups_of(kOne) * kGroupThreads, 1) index_scores_kernel(const Scores p) {
+// A step's one query whose heads are one slot, by wgmma; a step; more queries.
+enum class Call { one, step, chunk };
+
+template <class Keys, bool kWgmma, Call call>
+__global__ void __launch_bounds__(groups_of(call == Call::one) * kGroupThreads, 1) index_scores_kernel(const Scores p) {
+  constexpr bool kOne = call == Call::one;
   constexpr int kGroups = groups_of(kOne);
   extern __shared__ unsigned char memory[];
   __shared__ int seen[kMaxQueries];
@@ -328,7 +331,7 @@ __global__ void __launch_bounds__(groups_of(kOne) * kGroupThreads, 1) index_scor
   // Whole warps walk through the tiles, as wgmma needs it; the shuffle lets the compiler know.
   const int group = __shfl_sync(kFullMask, warp / 4, 0);
   int tile = split + group * p.splits;
-  if (kOne || p.tokens <= kStep) {
+  if constexpr (call != Call::chunk) {
     // What a step's block needs first comes from device memory while the launch before ends.
     const int keys = min(kTile, p.entries - tile * kTile);
     if (threadIdx.x % kGroupThreads == 0 && keys >= 16) {
@@ -354,7 +357,8 @@ __global__ void __launch_bounds__(groups_of(kOne) * kGroupThreads, 1) index_scor
 
   Queries q = {uint32_t(__cvta_generic_to_shared(slots)), weights + 2 * t, seen};
   q.out = p.out + int64_t(first) * p.entries, q.pitch = p.entries;
-  q.best = p.best ? p.best + int64_t(first) * p.best_pitch : nullptr, q.best_pitch = p.best_pitch;
+  q.best = call != Call::chunk && p.best ? p.best + int64_t(first) * p.best_pitch : nullptr;
+  q.best_pitch = p.best_pitch;
   q.parts = p.parts, q.count = p.slots;
   auto for_tiles = [&](auto&& multiply) {
     for (; tile * kTile < most; tile += stride) {
@@ -375,9 +379,10 @@ __global__ void __launch_bounds__(groups_of(kOne) * kGroupThreads, 1) index_scor
   }
 }
 
-template <class Keys, bool kWgmma, bool kOne>
+template <class Keys, bool kWgmma, Call call>
 cudaError_t start_form(const Scores& p, int64_t blocks, cudaStream_t stream) {
-  auto* kernel = index_scores_kernel<Keys, kWgmma, kOne>;
+  constexpr bool kOne = call == Call::one;
+  auto* kernel = index_scores_kernel<Keys, kWgmma, call>;
   const size_t most = shared_bytes(kOne ? 1 : max_slots(kWgmma)), shared = shared_bytes(p.slots);
   static const cudaError_t ready =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most));
@@ -404,9 +409,10 @@ cudaError_t start(Scores p, cudaStream_t stream) {
   const int64_t wanted = p.tokens > kStep ? ceil_div(4 * processors, blocks) : free < blocks ? 1 : free / blocks;
   p.splits = int(wanted < tiles ? wanted : tiles);
   if constexpr (kWgmma && Keys::kAhead) {
-    if (one) return start_form<Keys, true, true>(p, blocks * p.splits, stream);
+    if (one) return start_form<Keys, true, Call::one>(p, blocks * p.splits, stream);
   }
-  return start_form<Keys, kWgmma, false>(p, blocks * p.splits, stream);
+  if (p.tokens <= kStep) return start_form<Keys, kWgmma, Call::step>(p, blocks * p.splits, stream);
+  return start_form<Keys, kWgmma, Call::chunk>(p, blocks * p.splits, stream);
 }
 
 }  // namespace
