@@ -145,15 +145,15 @@ cudaError_t gemv_mma(In x, Maybe<const float> token_scale, TensorList weights, T
 cudaError_t gemm_tiles(In x, In weight, MaybeIn scales, Maybe<const float> token_scale,
                        Maybe<const float> global_scale, Out out, int64_t kind, int64_t tokens, int64_t rows,
                        int64_t columns, int64_t groups, int64_t x_stride, int64_t out_stride, cudaStream_t stream);
-// out[p] = W_e x[index[p] / slots] for the pairs p of each expert e; index absent: x[p]. Tables as in room moe; `matrix`
-// is 0 for w1, 1 for w3, 2 for w2.
+// out[p] = W_e x[index[p] / slots] for the pairs p of each expert e; index absent: x[p]. Tables as in room moe;
+// `matrix` is 0 for w1, 1 for w3, 2 for w2.
 cudaError_t gemm_tiles_experts(In x, Maybe<const int32_t> index, const int32_t* offset, const int64_t* addresses,
                                const float* global_scales, Maybe<const float> token_scale, Out out, int64_t kind,
                                bool e8m0, int64_t matrix, int64_t pairs, int64_t experts, int64_t slots, int64_t rows,
                                int64_t columns, int64_t x_stride, int64_t out_stride, cudaStream_t stream);
 
-// room moe. Tables of a side (the routed experts, the shared one): addresses [E, 3, 2] of w1, w3, w2 and of the scales of
-// their FP8 blocks, global scales [E, 3]. Kinds are those of gemm/units.cuh.
+// room moe. Tables of a side (the routed experts, the shared one): addresses [E, 3, 2] of w1, w3, w2 and of the scales
+// of their FP8 blocks, global scales [E, 3]. Kinds are those of gemm/units.cuh.
 cudaError_t experts_gate_up(In x, In shared_x, const float* routing, const int64_t* chosen, const int64_t* addresses,
                             const float* global_scales, const int64_t* shared_addresses,
                             const float* shared_global_scales, Out hidden, Out shared_hidden, int64_t experts,
@@ -166,8 +166,8 @@ cudaError_t experts_down(In hidden, In shared_hidden, const int64_t* chosen, con
                          int64_t inner, int64_t shared_inner, int64_t kind, bool e8m0, int64_t shared_kind,
                          bool shared_e8m0, bool overlap, cudaStream_t stream);
 
-// For many tokens. Pairs are flat indices token * slots + slot; `order` are the pairs by expert, ascending in each, those of
-// expert e at offset[e] .. offset[e + 1] - 1, and `place` is where each pair stands there.
+// For many tokens. Pairs are flat indices token * slots + slot; `order` are the pairs by expert, ascending in each,
+// those of expert e at offset[e] .. offset[e + 1] - 1, and `place` is where each pair stands there.
 cudaError_t group_by_expert(const int64_t* chosen, int32_t* offset, int32_t* order, int32_t* place, int64_t pairs,
                             int64_t experts, cudaStream_t stream);
 // Row p of gate, up and h belongs to pair order[p], or p; without routing every pair's weight is 1.
@@ -177,9 +177,9 @@ cudaError_t swiglu_pairs(const float* gate, const float* up, Maybe<const float> 
 cudaError_t sum_slots(const float* down, const int32_t* place, Maybe<const float> shared, Out out, int64_t tokens,
                       int64_t slots, int64_t width, cudaStream_t stream);
 
-// room attention, up to 8 tokens. Window rows and entries are KV records (u8), or plain rows of q's dtype. `ring` and `entries`
-// are the rows of the tables; of compressed, either the entries below (position + 1) / ratio or selected[t]. bf16, heads of
-// 512 values; `splits` blocks, 8 or 16, divide a query's rows, 0: chosen by the sizes.
+// room attention, up to 8 tokens. Window rows and entries are KV records (u8), or plain rows of q's dtype. `ring` and
+// `entries` are the rows of the tables; of compressed, either the entries below (position + 1) / ratio or selected[t].
+// bf16, heads of 512 values; `splits` blocks, 8 or 16, divide a query's rows, 0: chosen by the sizes.
 cudaError_t attend_step(In q, In window_rows, const float* sink, const int64_t* positions, const float* inv_freq,
                         MaybeIn compressed, Maybe<const int32_t> selected, Out out, int64_t tokens, int64_t heads,
                         int64_t window, int64_t ring, int64_t entries, int64_t ratio, int64_t top_k, int64_t splits,
@@ -190,7 +190,8 @@ cudaError_t attend_f32(const float* q, const float* window_rows, const float* si
                        Maybe<const int32_t> selected, float* out, int64_t tokens, int64_t heads, int64_t rows,
                        int64_t window, int64_t entries, int64_t ratio, int64_t top_k, bool ring, cudaStream_t stream);
 
-// room attention, prefill: bf16, heads of 512 values. Of compressed, either all entries below visible[t] or selected[t].
+// room attention, prefill: bf16, heads of 512 values. Of compressed, either all entries below visible[t] or
+// selected[t].
 cudaError_t attend_tiles(In q, In window_kv, const float* sink, const int64_t* positions, const float* inv_freq,
                          MaybeIn compressed, Maybe<const int64_t> visible, Maybe<const int32_t> selected, Out out,
                          int64_t tokens, int64_t heads, int64_t before, int64_t window, int64_t entries, int64_t top_k,
@@ -200,8 +201,8 @@ cudaError_t attend_wgmma(In q, In window_kv, const float* sink, const int64_t* p
                          int64_t tokens, int64_t heads, int64_t before, int64_t window, int64_t entries, int64_t top_k,
                          cudaStream_t stream);
 
-// room indexer: keys [C, 128] bf16 or index records [C, 68]; heads of 128 values, up to 128 of them. Of the entries that
-// a query sees, none is scored where they are not more than `least`. portable: mma.sync on every architecture.
+// room indexer: keys [C, 128] bf16 or index records [C, 68]; heads of 128 values, up to 128 of them. Of the entries
+// that a query sees, none is scored where they are not more than `least`. portable: mma.sync on every architecture.
 // best [T, 4 ceil(C / 64)]: of every 16 entries the largest score, as an integer of the same order (common/order.cuh).
 cudaError_t index_scores(In q, In keys, const float* weights, const int64_t* visible, float* out, Maybe<int32_t> best,
                          int64_t tokens, int64_t heads, int64_t entries, int64_t least, bool portable,

@@ -1,8 +1,8 @@
 // attend and attend_step of ops/attention/reference.py in f32, for debugging: right, not fast.
 //
-// A block computes one head of one query. Its eight warps take every eighth row of the query's list, window rows and then
-// compressed entries; a lane holds 16 of the 512 columns. Every warp has an online softmax of its own; at the end they are
-// merged in ascending order, the sink once in the denominator. A warp without rows adds exact zeros.
+// A block computes one head of one query. Its eight warps take every eighth row of the query's list, window rows and
+// then compressed entries; a lane holds 16 of the 512 columns. Every warp has an online softmax of its own; at the end
+// they are merged in ascending order, the sink once in the denominator. A warp without rows adds exact zeros.
 //
 // Floor: 2 KB a row, read by every head: 84 MB from the L2 cache for 64 heads and 640 rows, some 20 us.
 #include "common/device.cuh"

@@ -1,5 +1,5 @@
-// What attend_step reads and multiplies: a query's list of rows, tiles of it in shared memory, and the products of q and of P
-// with a tile on the tensor cores. See attend_step.cu.
+// What attend_step reads and multiplies: a query's list of rows, tiles of it in shared memory, and the products of q
+// and of P with a tile on the tensor cores. See attend_step.cu.
 #pragma once
 
 #include "attention/prefill.cuh"
@@ -42,7 +42,8 @@ struct Step {
   int rows, tiles;                          // rows of a tile, at most, a multiple of 16; tiles in shared memory: 1 or 2
 };
 
-// This thread's place: lane 4 g + t of a warp; the warp is one of the four of a quad, and has that quarter of the columns.
+// This thread's place: lane 4 g + t of a warp; the warp is one of the four of a quad, and has that quarter of the
+// columns.
 struct Place {
   int warp, lane, g, t, quad, quarter;
 };
@@ -82,10 +83,11 @@ struct Rows {
   int oldest, in_window;    // slot of the window's first row, and its number of rows
 };
 
-// Rows first .. first + count - 1 of the list are on their way to a tile: neighbours of a table in one bulk copy, counted by
-// `barrier`, chosen entries by cp.async, all threads'.
+// Rows first .. first + count - 1 of the list are on their way to a tile: neighbours of a table in one bulk copy,
+// counted by `barrier`, chosen entries by cp.async, all threads'.
 template <class F>
-__device__ inline void copy_tile(const Rows& rows, int first, int count, uint32_t tile, uint32_t barrier, const Place& p) {
+__device__ inline void copy_tile(const Rows& rows, int first, int count, uint32_t tile, uint32_t barrier,
+                                 const Place& p) {
   const Step& c = rows.c;
   const int in_window = min(max(rows.in_window - first, 0), count);
   const bool scattered = rows.selected != nullptr;
@@ -95,7 +97,9 @@ __device__ inline void copy_tile(const Rows& rows, int first, int count, uint32_
       if (F::kPitch == F::kRow) {
         if (p.lane == 0 && n > 0) copy_bulk(tile + to * F::kPitch, from, n * F::kRow, barrier);
       } else {
-        for (int i = p.lane; i < n; i += kWarp) copy_bulk(tile + (to + i) * F::kPitch, from + i * F::kRow, F::kRow, barrier);
+        for (int i = p.lane; i < n; i += kWarp) {
+          copy_bulk(tile + (to + i) * F::kPitch, from + i * F::kRow, F::kRow, barrier);
+        }
       }
     };
     if (in_window > 0) {
@@ -119,8 +123,8 @@ __device__ inline void copy_tile(const Rows& rows, int first, int count, uint32_
   }
 }
 
-// q of the warp's head, on the way to shared memory. For records the columns of codes become fp16, and all are multiplied
-// by a power of two, whose inverse is kept.
+// q of the warp's head, on the way to shared memory. For records the columns of codes become fp16, and all are
+// multiplied by a power of two, whose inverse is kept.
 template <bool records>
 struct Query {
   uint4 piece[2];
@@ -174,8 +178,8 @@ __device__ inline void load_queries(uint32_t (&a)[kMySteps][4], uint32_t queries
   }
 }
 
-// s = q times the eight rows of a tile from `tile` on, in the warp's quarter of the columns: two blocks of 64, each a chain of
-// MMAs of its own.
+// s = q times the eight rows of a tile from `tile` on, in the warp's quarter of the columns: two blocks of 64, each a
+// chain of MMAs of its own.
 template <bool records>
 __device__ inline void multiply_scores(float (&s)[4], const uint32_t (&a)[kMySteps][4], const unsigned char* tile,
                                        const Place& p) {
@@ -225,7 +229,9 @@ __device__ inline void multiply_scores(float (&s)[4], const uint32_t (&a)[kMySte
 }
 
 // Of a block of columns: the byte of the largest scale of all rows so far, behind the factors of a tile.
-__device__ inline int& largest_of(unsigned char* factors) { return *reinterpret_cast<int*>(factors + 4 * kFactorPitch); }
+__device__ inline int& largest_of(unsigned char* factors) {
+  return *reinterpret_cast<int*>(factors + 4 * kFactorPitch);
+}
 
 // The powers of two of `block` of a tile's rows, relative to the largest so far: pairs of fp16 in the order of
 // multiply_values. One warp.
@@ -250,8 +256,8 @@ __device__ inline void prepare_factors(const unsigned char* tile, int padded, un
   if (p.lane == 0) largest_of(factors) = most;
 }
 
-// o += P times columns 32 warp .. + 31 of the tile. Sums of codes: o[2 c] has columns 16 c + 4 t and + 2, o[2 c + 1] the
-// ones behind them; of bf16: o[n] has 8 n + 2 t, + 1. Of each, values 0, 1 are head g's and 2, 3 head (g + 8)'s.
+// o += P times columns 32 warp .. + 31 of the tile. Sums of codes: o[2 c] has columns 16 c + 4 t and + 2, o[2 c + 1]
+// the ones behind them; of bf16: o[n] has 8 n + 2 t, + 1. Of each, values 0, 1 are head g's and 2, 3 head (g + 8)'s.
 template <bool codes, class F>
 __device__ inline void multiply_values(float (&o)[4][4], uint32_t tile, uint32_t probs, const unsigned char* factors,
                                        int padded, const Place& p) {

@@ -7,8 +7,8 @@
 
 namespace dsv4 {
 
-// Addresses are those of shared memory (32 bits); a barrier takes 8 bytes. One thread makes it, the others use it after a
-// barrier of the block, or of the cluster if its blocks write here.
+// Addresses are those of shared memory (32 bits); a barrier takes 8 bytes. One thread makes it, the others use it after
+// a barrier of the block, or of the cluster if its blocks write here.
 __device__ inline void make_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -55,7 +55,8 @@ __device__ inline void store_counted(uint32_t place, uint32_t barrier, const flo
       "r"(barrier), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
-// Store to the same place in the shared memory of block `rank` of this cluster; its barrier of the same place counts it.
+// Store to the same place in the shared memory of block `rank` of this cluster; its barrier of the same place counts
+// it.
 __device__ inline void store_remote_counted(uint32_t mine, uint32_t barrier, int rank, const float4& v) {
   store_counted(place_in_block(mine, rank), place_in_block(barrier, rank), v);
 }

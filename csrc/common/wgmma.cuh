@@ -101,8 +101,8 @@ __device__ inline void wgmma_64x32(float (&d)[16], uint64_t a, uint64_t b, bool 
       : "l"(a), "l"(b), "r"(int(add)));
 }
 
-// d = a b^T, plus d if `add`: b 64 x 16, k_major; of a, 64 x 16, each warp has 16 rows in registers, laid out like the a of
-// mma_bf16 (common/mma.cuh), which may not change before the wait. Sums as above, four more for 8 more columns.
+// d = a b^T, plus d if `add`: b 64 x 16, k_major; of a, 64 x 16, each warp has 16 rows in registers, laid out like the
+// a of mma_bf16 (common/mma.cuh), which may not change before the wait. Sums as above, four more for 8 more columns.
 __device__ inline void wgmma_64x64_registers(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
   asm volatile(
       "{\n"

@@ -1,13 +1,15 @@
-// gemv_mma: linear, linear_stack and grouped_linear of ops/gemm/reference.py for up to 32 tokens; weights of any format.
+// gemv_mma: linear, linear_stack and grouped_linear of ops/gemm/reference.py for up to 32 tokens; weights of any
+// format.
 //
-// Every weight is read once: N K (0.5 + 1/16) bytes of NVFP4, 18.9 MB at 8192 x 4096, 4.3 us of an H200's memory. That is
-// what takes the time, so everything else is small beside it. The grid has a block a multiprocessor; gemv.cuh says what
-// each of them and its warps do. Here, for up to 8 tokens, warps multiply the units with the tokens, which lie in shared
-// memory; a unit's 16 x T sums go to shared memory; a barrier later they are added over K in ascending order, scaled,
-// rounded once and stored. The order depends on the shape of the matrix alone: a token's result has the same bits beside
-// any other seven. For more tokens see gemv_mma_many.cu.
+// Every weight is read once: N K (0.5 + 1/16) bytes of NVFP4, 18.9 MB at 8192 x 4096, 4.3 us of an H200's memory. That
+// is what takes the time, so everything else is small beside it. The grid has a block a multiprocessor; gemv.cuh says
+// what each of them and its warps do. Here, for up to 8 tokens, warps multiply the units with the tokens, which lie in
+// shared memory; a unit's 16 x T sums go to shared memory; a barrier later they are added over K in ascending order,
+// scaled, rounded once and stored. The order depends on the shape of the matrix alone: a token's result has the same
+// bits beside any other seven. For more tokens see gemv_mma_many.cu.
 //
-// Overlapping launches (common/overlap.cuh) start copying weights before the launch before has ended: weights are constants.
+// Overlapping launches (common/overlap.cuh) start copying weights before the launch before has ended: weights are
+// constants.
 // sass gemv_mma_kernel: HMMA.16816.F32, LDS.128
 #include "gemm/gemv.cuh"
 
@@ -72,9 +74,9 @@ struct Walk {
 
 constexpr int kMostPieces = 8;  // of 256 columns of a token, that one warp brings to shared memory
 
-// A run's columns of x to shared memory as multiply_step reads them, zeros past the last one. For weights that become fp16
-// each token is scaled; head.inverse undoes it. Not by bulk copies: those would queue behind the weights'. `between` is done
-// while the tokens are on their way.
+// A run's columns of x to shared memory as multiply_step reads them, zeros past the last one. For weights that become
+// fp16 each token is scaled; head.inverse undoes it. Not by bulk copies: those would queue behind the weights'.
+// `between` is done while the tokens are on their way.
 template <Kind kind, class Between>
 __device__ inline void load_tokens(const Gemv& p, const Job& job, const FewRun& run, unsigned char* tokens, Head& head,
                                    const Between& between) {
@@ -155,7 +157,8 @@ __device__ inline void store_output(const Gemv& p, const Job& job, const Head& h
   }
 }
 
-// Sums of a span to its slot. A lane alone reads and writes its places: units of FP8, each with its scale, add up there.
+// Sums of a span to its slot. A lane alone reads and writes its places: units of FP8, each with its scale, add up
+// there.
 template <Kind kind, int kChains>
 __device__ inline void put_sums(const Gemv& p, float* slot, int g, int t, const float (&sum)[kChains][4],
                                 float scale, bool add) {

@@ -1,8 +1,8 @@
 // A warp's weights under way: a ring of units in shared memory that belongs to one warp.
 //
-// Packed units arrive by one bulk copy each, which a barrier in shared memory counts. Rows of FP8 and bf16 matrices arrive
-// by copies of 16 bytes, every lane reading what it copied, so that these need no barrier; their groups are as many past
-// the last unit as before it, so that the number to wait for never changes.
+// Packed units arrive by one bulk copy each, which a barrier in shared memory counts. Rows of FP8 and bf16 matrices
+// arrive by copies of 16 bytes, every lane reading what it copied, so that these need no barrier; their groups are as
+// many past the last unit as before it, so that the number to wait for never changes.
 #pragma once
 
 #include "gemm/units.cuh"

@@ -1,11 +1,11 @@
 // How a warp reads weights: in units of 16 rows, copied to shared memory and turned into operands of the tensor cores.
 //
-// Weights are the A operand of mma_bf16 (common/mma.cuh), tokens the B operand. The sum over columns may be taken in any
-// fixed order, so of every block of 64 columns lane 4 g + t takes the consecutive columns 16 t .. 16 t + 15, of rows g and
-// g + 8 of the weight and of token g: MMA step i multiplies columns 16 t + 4 i .. + 3. A lane's part of a weight row is then
-// one group of NVFP4, so that each scale is unpacked once, or 16 bytes of FP8. (Of bf16 weights, 16 bytes are 8 columns:
-// 8 t .. 8 t + 7 of each half of a block.) Matrices of FP8 and bf16 are read as they are stored, those of 4 bits as
-// ops/pack arranges them: unit after unit, nibbles where shifts and masks make operands of them.
+// Weights are the A operand of mma_bf16 (common/mma.cuh), tokens the B operand. The sum over columns may be taken in
+// any fixed order, so of every block of 64 columns lane 4 g + t takes the consecutive columns 16 t .. 16 t + 15, of
+// rows g and g + 8 of the weight and of token g: MMA step i multiplies columns 16 t + 4 i .. + 3. A lane's part of a
+// weight row is then one group of NVFP4, so that each scale is unpacked once, or 16 bytes of FP8. (Of bf16 weights, 16
+// bytes are 8 columns: 8 t .. 8 t + 7 of each half of a block.) Matrices of FP8 and bf16 are read as they are stored,
+// those of 4 bits as ops/pack arranges them: unit after unit, nibbles where shifts and masks make operands of them.
 //
 // A unit is four pieces of 16 bytes a lane, then its scales.
 #pragma once
@@ -37,7 +37,8 @@ __host__ __device__ constexpr int unit_bytes(Kind kind) { return kind == Kind::n
 __host__ __device__ constexpr int part_pieces(Kind kind) { return is_packed(kind) ? 1 : 2; }
 __host__ __device__ constexpr int part_halves(Kind kind) { return kind == Kind::bf16 ? 1 : 2; }
 // Whether few tokens meet a format as fp16, in which e2m1 x e4m3 and e4m3 are exact and unpacked in the fewest
-// instructions; the tokens, bf16, are then scaled by powers of two so that they are exact as well. MXFP4's scales do not fit.
+// instructions; the tokens, bf16, are then scaled by powers of two so that they are exact as well. MXFP4's scales do
+// not fit.
 __host__ __device__ constexpr bool is_half(Kind kind) { return kind == Kind::nvfp4 || kind == Kind::fp8; }
 // What the operands of unpack_half and unpack_half_bf16 are multiplied by to be the weight without its global scale.
 __host__ __device__ constexpr float unit_factor(Kind kind) {

@@ -19,14 +19,15 @@ namespace {
 // A row of a step: numbers lie in pieces of four, the largest keys of four groups of entries or four scores.
 constexpr int kGroup = 16;           // entries whose best index_scores leaves
 constexpr int kPieces = 8192;        // that there is room for: 32,768 scores
-constexpr int kCandidates = 2048;    // entries, or groups before, that may be chosen
+constexpr int kCandidates = 1920;    // entries, or groups before, that may be chosen
 constexpr int kStepBits = 11, kStepBins = 1 << kStepBits;
 constexpr int kLongest = 1 << 18;    // entries
 constexpr int kSingle = 2048;        // pieces of groups above which four groups count as one
-constexpr int kMaskPieces = 8;       // whose items a mask of 32 bits tells apart
+constexpr int kMostOwn = 16;         // pieces of a thread, whose items a mask of 64 bits tells apart
 
-static_assert(kStepBins == 4 * kThreads && kLongest / kGroup / 4 <= kPieces && kLongest / kGroup <= 1 << 16);
-static_assert(kAlone / 4 <= kPieces && kCandidates * kGroup / 4 <= kPieces);
+__host__ __device__ constexpr int own_pieces(int pieces) { return (pieces + kThreads - 1) / kThreads | 1; }
+static_assert(own_pieces(kLongest / kGroup / 4) <= kMostOwn && own_pieces(kCandidates * kGroup / 4) <= kMostOwn);
+static_assert(kStepBins == 4 * kThreads && kAlone / 4 <= kPieces && kLongest / kGroup <= 1 << 16);
 
 struct alignas(16) Step {
   uint4 pieces[kPieces];
@@ -100,14 +101,14 @@ struct Range {
 // The pieces as keys; 0, less than any key, is what does not exist or is out of the question.
 struct View {
   const Step& shared;
-  bool scores, listed;  // of entries, of those in the listed groups; otherwise keys of groups
+  bool scores, listed;  // scores of entries, of those in listed groups; otherwise keys of groups
   int pieces, limit;    // groups or entries that exist
   unsigned least;       // of those in question
   int first, end;       // this thread's, neighbours and an odd number: lanes that read them meet no bank twice
 
   __device__ View(const Step& shared, bool scores, bool listed, int pieces, int limit, unsigned least)
       : shared(shared), scores(scores), listed(listed), pieces(pieces), limit(limit), least(least) {
-    const int own = int(ceil_div(pieces, kThreads)) | 1;
+    const int own = own_pieces(pieces);
     first = min(int(threadIdx.x) * own, pieces), end = min(first + own, pieces);
   }
   __device__ int place(int i) const { return listed ? shared.groups[i / 4] * kGroup + i % 4 * 4 : 4 * i; }
@@ -150,27 +151,22 @@ __device__ inline Range find_range(Step& shared, const View& view, bool as_one, 
 // Lists what is in question, groups or entries with their keys, and returns how many there are; if that is more than
 // there is room for, nothing is listed. Ends with a barrier.
 __device__ inline int list_candidates(Step& shared, const View& view) {
-  unsigned mine = 0, total;
-  view.for_keys(false, [&](unsigned key) { mine += key != 0; });
-  unsigned to = sum_before(shared, mine, total);
-  if (total <= kCandidates) {
+  uint64_t mask = 0;
 #pragma unroll 1
-    for (int base = view.first; mine > 0 && base < view.end; base += kMaskPieces) {
-      unsigned mask = 0;
+  for (int i = view.end - 1; i >= view.first; --i) {
+    const uint4 k = view.keys(i);
+    mask = mask << 4 | unsigned((k.x != 0) | (k.y != 0) << 1 | (k.z != 0) << 2 | (k.w != 0) << 3);
+  }
+  unsigned total, to = sum_before(shared, __popcll(mask), total);
+  if (total > kCandidates) mask = 0;
 #pragma unroll 1
-      for (int i = min(kMaskPieces, view.end - base) - 1; i >= 0; --i) {
-        const uint4 k = view.keys(base + i);
-        mask = mask << 4 | (k.x != 0) | (k.y != 0) << 1 | (k.z != 0) << 2 | (k.w != 0) << 3;
-      }
-      for (; mask != 0; mask &= mask - 1, ++to) {
-        const int item = 4 * base + __ffs(mask) - 1;
-        if (!view.scores) {
-          shared.groups[to] = uint16_t(item);
-        } else {
-          shared.keys[to] = view.key_of(reinterpret_cast<const unsigned*>(shared.pieces)[item]);
-          shared.places[to] = view.place(item / 4) + item % 4;
-        }
-      }
+  for (; mask != 0; mask &= mask - 1, ++to) {
+    const int item = 4 * view.first + __ffsll(mask) - 1;
+    if (!view.scores) {
+      shared.groups[to] = uint16_t(item);
+    } else {
+      shared.keys[to] = view.key_of(reinterpret_cast<const unsigned*>(shared.pieces)[item]);
+      shared.places[to] = view.place(item / 4) + item % 4;
     }
   }
   __syncthreads();

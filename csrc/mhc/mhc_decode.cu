@@ -12,8 +12,8 @@
 // Launches of this kernel overlap (programmatic dependent launch): fn, which no launch before writes, is read before
 // the wait for the launch before. Everything else comes after it.
 //
-// Floor at one token, D = 4096: 1.6 MB, 0.4 us. Expected 5 us: launch 0.7, one latency of L2 0.8, dots and reduction 0.5,
-// a store and a load through L2 0.9, mixes 0.3, Sinkhorn 1 on one thread.
+// Floor at one token, D = 4096: 1.6 MB, 0.4 us. Expected 5 us: launch 0.7, one latency of L2 0.8, dots and reduction
+// 0.5, a store and a load through L2 0.9, mixes 0.3, Sinkhorn 1 on one thread.
 // sass mhc_decode_kernel: HMMA.16816.F32.BF16, LDG.E.128, STG.E.128
 #include "common/launch.cuh"
 #include "common/overlap.cuh"

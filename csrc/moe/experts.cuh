@@ -31,8 +31,8 @@ constexpr int kExpertRingBytes = kExpertWarps * kRingUnits * kUnitShared;
 constexpr int kExpertBarriers = kExpertWarps * kRingUnits + 2;  // the rings', then that of a cluster's exchange
 // Dynamic shared memory: what a block may have, and what leaves as much for one of another launch.
 constexpr int kMaxExpertShared = 227 * 1024, kHalfExpertShared = 113 * 1024;
-// Of gate_up: a block of down fits beside it, but no second one of its own, which would have to wait for the first while
-// another multiprocessor does nothing.
+// Of gate_up: a block of down fits beside it, but no second one of its own, which would have to wait for the first
+// while another multiprocessor does nothing.
 constexpr int kGateShared = kHalfExpertShared + 1024;
 
 // Division of 0 <= a by the same number many times, for a * by < 2^32.

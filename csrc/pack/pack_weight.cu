@@ -36,8 +36,8 @@ using Constant = std::integral_constant<Kind, kind>;
 __device__ inline uint32_t to_pair(uint32_t byte) { return (byte & 0x0f) | (byte & 0xf0) << 12; }
 __device__ inline uint32_t from_pair(uint32_t pair) { return (pair | pair >> 12) & 0xff; }
 
-// Where a word has the codes 0 to 3: the bit of the sign, the lowest bit of the magnitude. Of MXFP4's last magnitude the
-// lowest bit stands apart.
+// Where a word has the codes 0 to 3: the bit of the sign, the lowest bit of the magnitude. Of MXFP4's last magnitude
+// the lowest bit stands apart.
 __device__ constexpr int sign_bit(Kind kind, int i) {
   return kind == Kind::nvfp4 ? (i % 2 ? 0 : 7) + i / 2 * 8 : i == 3 ? 14 : 15 - 3 * i;
 }

@@ -2,9 +2,9 @@
 //
 // A thread has 16 values of a row and asks for them and for the row's slot at once. A KV row is a warp: 28 lanes have
 // the values without RoPE, four lanes a block of FP8, whose maximum meets by shuffles; the other four copy the rotated
-// values; the scales are gathered into one vector by shuffles. An index key is 8 lanes: rotation as in quant/hadamard.cu,
-// two lanes a block of FP4. Plain rows are copied, a block of threads a row. Which row of the table is written is read
-// on the device, so that a graph of a decode step can be replayed at any position.
+// values; the scales are gathered into one vector by shuffles. An index key is 8 lanes: rotation as in
+// quant/hadamard.cu, two lanes a block of FP4. Plain rows are copied, a block of threads a row. Which row of the table
+// is written is read on the device, so that a graph of a decode step can be replayed at any position.
 //
 // Bytes a row: 1024 read and 592 written (KV), 256 and 68 (index key); load_rows 592 and 1024, 262144 rows: 424 MB.
 // sass store_kv_kernel: LDG.E.128, STG.E.128, F2FP.SATFINITE.E4M3, SHFL.BFLY
