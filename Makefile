@@ -31,14 +31,14 @@ gpu-test:
 # wait for each other, since freeing memory waits for the GPU.
 SANITIZED = $(GPU_TESTS) --small --ignore=tests/gpu/test_bench.py --ignore=tests/gpu/test_model.py
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dsv4 --error-exitcode 1
-# Parts of the names of kernels that racecheck leaves out, because compute-sanitizer 2025.3.1 ends with "Sanitizer failed
-# to handle a hardware exception" where they run; memcheck looks at them. What they do that it cannot follow is not known:
-# small programs with st.async, bulk copies and barriers between the blocks of a cluster pass.
-NOT_RACECHECKED = gemv_mma
+# Rooms that racecheck leaves out: compute-sanitizer 2025.3.1 ends there with "Sanitizer failed to handle a hardware
+# exception", even where it is told not to look at gemv_mma. memcheck passes. Why is not known: small programs with
+# st.async, bulk copies and barriers between the blocks of a cluster pass. ROOM=gemm tries it all the same.
+NOT_RACECHECKED = gemm router
 gpu-sanitize: gpu-memcheck gpu-racecheck
-gpu-racecheck: LEFT_OUT = $(NOT_RACECHECKED:%=--kernel-name-exclude kns=%)
+gpu-racecheck: LEFT_OUT = $(NOT_RACECHECKED:%=--ignore-glob='*/gpu/test_%*.py')
 gpu-memcheck gpu-racecheck:
-	python=$$($(ENV) pytest) && $(SANITIZER) --tool $(@:gpu-%=%) $(LEFT_OUT) "$$python" -m pytest $(SANITIZED)
+	python=$$($(ENV) pytest) && $(SANITIZER) --tool $(@:gpu-%=%) "$$python" -m pytest $(SANITIZED) $(LEFT_OUT)
 
 bench:
 	python=$$($(ENV)) && "$$python" -m bench.ops $(if $(ROOM),--room $(ROOM),&& "$$python" -m bench.gemm) && "$$python" -m bench.tables

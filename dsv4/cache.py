@@ -95,7 +95,7 @@ class CompressorState:
         self.tail_kv = torch.zeros(shape, dtype=torch.float32, device=device)
         self.tail_gate = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
         entries = max(1, max_context // ratio)
-        self.rows = form.table(-(-entries // 4) * 4, width, device)  # in fours, as the indexer likes them best
+        self.rows = form.table(-(-entries // 4) * 4, width, device)  # in fours, for the indexer's fast form
 
     @property
     def has_records(self) -> bool:
