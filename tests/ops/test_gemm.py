@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4.ops.formats import Fp8Block, MatrixCache, Mxfp4, Nvfp4, Plain, Weight
-from dsv4.ops.gemm import grouped_linear, linear, linear_stack
+from dsv4.ops.gemm import bf16_terms, grouped_linear, linear, linear_stack
 
 FORMATS = ("bf16", "f32", "nvfp4", "nvfp4 without input scale", "mxfp4", "fp8", "fp8 with f32 scales")
 ACTIVATIONS = ("bf16", "fp8", "nvfp4")
@@ -235,3 +235,11 @@ def test_a_stack_of_nothing_and_of_too_few_dtypes(rng: np.random.Generator) -> N
     assert linear_stack(x, (), out_dtypes=()) == ()
     with pytest.raises(ValueError, match="shorter"):
         linear_stack(x, (weight, weight), out_dtypes=(None,))
+
+
+def test_three_bf16_terms_are_an_f32_tensor() -> None:
+    x = torch.randn(4096) * 2.0 ** torch.randint(-80, 80, (4096,))
+    x = torch.cat((x, torch.tensor([0.0, torch.inf])))
+    terms = bf16_terms(x)
+    assert [term.dtype for term in terms] == [torch.bfloat16] * 3
+    assert torch.equal(terms[2].float() + terms[1].float() + terms[0].float(), x)

@@ -201,16 +201,22 @@ def _multiply_f32(
     groups: int,
     overlap: bool,
 ) -> list[Tensor]:
-    """x f32 as three bf16 terms of eight bits of mantissa each: three times the tokens, sums in fp32."""
+    """x f32 as three bf16 terms: three times the tokens, sums in fp32."""
+    scale = None if token_scale is None else token_scale.repeat(3, 1)
+    f32 = [torch.float32] * len(weights)
+    terms = torch.cat(bf16_terms(x))
+    products = _multiply(terms, scale, weights, f32, groups=groups, overlap=overlap)
+    sums = [y[2] + y[1] + y[0] for y in (product.unflatten(0, (3, -1)) for product in products)]
+    return [y.to(dtype) for y, dtype in zip(sums, dtypes, strict=True)]
+
+
+def bf16_terms(x: Tensor) -> tuple[Tensor, ...]:
+    """Three bf16 tensors of eight bits each whose sum is x f32, but below 2^-110; the largest first."""
     terms, rest = [], x
     for _ in range(3):
         terms.append(rest.bfloat16())
         rest = (rest - terms[-1].float()).nan_to_num(0.0, 0.0, 0.0)  # of infinity nothing is left
-    scale = None if token_scale is None else token_scale.repeat(3, 1)
-    f32 = [torch.float32] * len(weights)
-    products = _multiply(torch.cat(terms), scale, weights, f32, groups=groups, overlap=overlap)
-    sums = [y[2] + y[1] + y[0] for y in (product.unflatten(0, (3, -1)) for product in products)]
-    return [y.to(dtype) for y, dtype in zip(sums, dtypes, strict=True)]
+    return tuple(terms)
 
 
 def _is_f32(weight: Bare) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dsv4.ops.formats import Fp8Block, Packed, Plain, Weight, shape_of, stored
+from dsv4.ops.gemm import KINDS
 from dsv4.ops.moe.reference import Expert
 
-KINDS = {"nvfp4": 0, "mxfp4": 1, "fp8": 2, "bf16": 3}  # of csrc/gemm/units.cuh
 MATRICES = ("w1", "w3", "w2")  # in the order of the tables
 MAX_EXPERTS = 512  # of a layer, of the kernels for many tokens
 COLUMN_STEP = 256  # the kernels take whole units of every kind

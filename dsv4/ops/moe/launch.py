@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv4 import _C
 from dsv4.ops import quant
+from dsv4.ops.gemm import bf16_terms
 from dsv4.ops.moe import reference
 from dsv4.ops.moe.bank import Side
 
@@ -111,7 +112,7 @@ def _multiply(
         rows = _round_input(rows, side, matrix, activations)
     (n, k), (kind, e8m0) = side.shape(matrix), side.form(matrix)
     out, total = rows.new_empty(grouping.pairs, n, dtype=torch.float32), None
-    for term in _bf16_terms(rows):
+    for term in (rows,) if rows.dtype == torch.bfloat16 else reversed(bf16_terms(rows)):  # the smallest first
         _C.gemm_tiles_experts(
             term,
             None if by_pair else grouping.order,
@@ -134,16 +135,6 @@ def _multiply(
         if rows.dtype == torch.float32:
             total = out.clone() if total is None else total.add_(out)
     return out if total is None else total
-
-
-def _bf16_terms(rows: Tensor) -> tuple[Tensor, ...]:
-    """bf16 tensors whose sum is the rows exactly, but for f32 values below 2^-110; the smallest first."""
-    if rows.dtype == torch.bfloat16:
-        return (rows,)
-    first = rows.bfloat16()
-    rest = rows - first.float()
-    second = rest.bfloat16()
-    return (rest - second.float()).bfloat16(), second, first
 
 
 def _round_input(rows: Tensor, side: Side, matrix: int, activations: str) -> Tensor:
