@@ -188,13 +188,6 @@ def test_a_bank_is_a_sequence_and_says_why_it_has_no_tables(normal: Callable[...
     assert torch.equal(y, run_experts(x, routing, chosen, experts, shared, limit=1.0))
 
 
-def test_three_terms_are_the_value(normal: Callable[..., Tensor]) -> None:
-    x = normal(50, 64) * 10 ** normal(50, 64)
-    terms = launch._bf16_terms(x)
-    assert all(term.dtype == torch.bfloat16 for term in terms)
-    assert torch.equal(sum(term.double() for term in terms), x.double())
-
-
 def test_kinds_are_those_of_the_kernels() -> None:
     header = Path(bank.__file__).resolve().parents[3] / "csrc" / "gemm" / "units.cuh"
     names = re.search(r"enum class Kind : int \{ ([\w, ]+) \}", header.read_text(encoding="utf-8"))
