@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.harness import ROOT, Case, Draw
+from bench.matrix_cases import tokens_of
 from dsv4.ops.attention import attend, attend_step
 from dsv4.ops.formats import KV_RECORD, MAX_STEP, decode_rows
 from dsv4.ops.rows.reference import store_rows
@@ -14,6 +15,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 from shapes import Sizes  # noqa: E402
 
 WINDOW = 128
+
+
+def kind_of(ratio: int, top_k: int | None) -> str:
+    """A layer's, by its compress ratio and how many entries a query takes."""
+    return "window" if not ratio else "HCA" if top_k is None else "CSA"
 
 
 # Prefill: a chunk of queries on plain rows. Operations are counted for the entries that queries attend to.
@@ -54,7 +60,7 @@ class Chunk(NamedTuple):
 
     @property
     def words(self) -> str:
-        kind = "window" if not self.ratio else "HCA" if self.top_k is None else "CSA"
+        kind = kind_of(self.ratio, self.top_k)
         return f"{kind}, {self.sizes.name.capitalize()}, {self.tokens} tokens at {self.start}"
 
 
@@ -166,8 +172,7 @@ class Step(NamedTuple):
 
     @property
     def words(self) -> str:
-        kind = "window" if not self.ratio else "HCA" if self.top_k is None else "CSA"
-        count = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
+        kind, count = kind_of(self.ratio, self.top_k), tokens_of(self.tokens)
         return f"{kind}, {self.sizes.name.capitalize()}, {count}, {self.attended} rows"
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.harness import ROOT, Case, Draw
+from bench.matrix_cases import tokens_of
 from dsv4.ops.formats import INDEX_CODES, INDEX_RECORD
 from dsv4.ops.indexer import choose_entries, index_scores, select_topk
 
@@ -52,8 +53,7 @@ class Queries(NamedTuple):
 
     @property
     def words(self) -> str:
-        count = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
-        return f"{self.sizes.name.capitalize()}, {count}, {self.entries} entries"
+        return f"{self.sizes.name.capitalize()}, {tokens_of(self.tokens)}, {self.entries} entries"
 
 
 def visible_of(queries: Queries, draw: Draw) -> torch.Tensor:

@@ -12,22 +12,11 @@ from torch import Tensor
 from dsv4 import build
 from dsv4.device import cuda_arch
 
-# They capture graphs or ask how much memory is in use. Named here, not marked where they stand: the record of
-# their rooms covers those files, and what the sanitizer can run is no reason to test a room again.
-NEED_ALLOCATOR = (
-    "test_no_memory_beyond_the_output",
-    "test_a_model_is_packed_and_planned",
-    "test_overlapping_launches",
-    "test_launches_in_a_row",
-)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if "tests/gpu/" in item.path.as_posix()]
     for item in here:
         item.add_marker(pytest.mark.gpu)
-        if item.name.partition("[")[0] in NEED_ALLOCATOR:
-            item.add_marker(pytest.mark.allocator)
         if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     if here and torch.cuda.is_available() and build.find(cuda_arch()) is None:

@@ -71,6 +71,7 @@ def test_more_tokens_are_reproducible(tokens: int, kind: str, cuda_normal: Norma
         assert_reproducible(functools.partial(linear, x, weight), f"{kind} {n} x {k}, {tokens} tokens")
 
 
+@pytest.mark.allocator
 @pytest.mark.skipif(without_allocator(), reason="a graph needs the allocator")
 @pytest.mark.parametrize("tokens", [1, 8, 32])
 @pytest.mark.parametrize("width", [256, 2048])

@@ -103,6 +103,7 @@ def test_bits_and_given_memory(kind: str) -> None:
     assert bool((slab[:size] == 7).all()) and bool((slab[2 * size :] == 7).all())
 
 
+@pytest.mark.allocator
 @KINDS
 def test_no_memory_beyond_the_output(kind: str) -> None:
     weight = random_weight(kind, 2048, 4096)
@@ -144,6 +145,7 @@ def test_what_it_cannot_take() -> None:
         pack_weight(nvfp4._replace(w=shifted))
 
 
+@pytest.mark.allocator
 @pytest.mark.parametrize("mode", ["stored", "nvfp4-all"])
 def test_a_model_is_packed_and_planned(mode: str) -> None:
     """4-bit matrices arrive packed; weights take what the plan says, norms twice that, as they become f32."""

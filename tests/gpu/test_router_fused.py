@@ -105,6 +105,7 @@ def test_a_token_is_the_same_beside_others(
             assert_bits(part, rows[first:last], f"{sizes.name}: tokens {first} to {last - 1}")
 
 
+@pytest.mark.allocator
 def test_launches_in_a_row(cuda_normal: Callable[..., Tensor]) -> None:
     """Launches of all sizes and token counts overlap in a graph; none finds what another left."""
     gates = {sizes: random_gate(sizes, cuda_normal) for sizes in MODELS}
