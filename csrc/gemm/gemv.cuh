@@ -5,8 +5,6 @@
 // (units.cuh), each with a ring of its own under way (ring.cuh).
 #pragma once
 
-#include <type_traits>
-
 #include "common/cluster.cuh"
 #include "common/launch.cuh"
 #include "common/overlap.cuh"
@@ -45,7 +43,6 @@ struct Job {
   int first_tile, tiles;
   int first_cluster, clusters;
   int column;       // of x
-  int span, spans;  // up to 8 tokens: stretches that a warp adds up before others see the sum; such spans of a tile
   int each, more;   // tiles of a cluster; the first `more` clusters have one more
 
   int most_tiles() const { return (tiles + clusters - 1) / clusters; }
@@ -57,14 +54,12 @@ struct Gemv {
   const float* token_scale;  // [T] or null
   int tokens, columns;       // of a matrix: K
   int split_bits;            // 2^split_bits blocks of a cluster divide K
-  int chunk_tiles;           // up to 8 tokens: tiles whose sums are in shared memory at once
-  int buffers;               // of these sums: two, so that no chunk waits for the one before, or one if two do not fit
-  int span_bits;             // more tokens: 2^span_bits warps of a block divide its columns
   bool overlap;
-  int jobs, matrices;
-  float tokens_inverse;
+  int jobs;
   Job job[kMaxJobs];
   Matrix matrix[kMaxMatrices];
+  int matrices;
+  int span_bits;  // more than 8 tokens: 2^span_bits warps of a block divide its columns
 
   __host__ __device__ int splits() const { return 1 << split_bits; }
   // Stretches of a row tile, and the most of them that one block has.
@@ -74,8 +69,8 @@ struct Gemv {
 
 // Of tokens and matrices, in shared memory.
 struct Head {
-  uint32_t largest[kMaxTokens];   // magnitude
-  float inverse[kMaxTokens];      // of the power of two that a token was scaled by; up to 8 tokens, times the weights'
+  uint32_t largest[kMaxTokens];   // more than 8 tokens: magnitude,
+  float inverse[kMaxTokens];      // and the inverse of what a token was scaled by
   float token_scale[kMaxTokens];  // if there is one
   float global_scale[kMaxMatrices];
 };
@@ -113,14 +108,11 @@ __device__ inline auto unit_at(const Gemv& p, const Job& job, int tile, int bloc
     return Unit<kind>(m.data, m.rows, p.columns, tile - m.first_tile, block, lane);
   }
 }
-// What a block needs of tokens and matrices before it can read x.
+// The global scale that this thread brings to Head: of the job's matrix of its number.
 template <Kind kind>
-__device__ inline void prepare_head(const Gemv& p, const Job& job, Head& head) {
-  if (threadIdx.x < kMaxTokens) head.largest[threadIdx.x] = 0;
-  if (kind == Kind::nvfp4 && threadIdx.x < job.matrices) {
-    const int m = job.first_matrix + threadIdx.x;
-    head.global_scale[m] = *static_cast<const float*>(p.matrix[m].scales);
-  }
+__device__ inline float global_scale_of(const Gemv& p, const Job& job) {
+  if (kind != Kind::nvfp4 || threadIdx.x >= job.matrices) return 1.0f;
+  return *static_cast<const float*>(p.matrix[job.first_matrix + threadIdx.x].scales);
 }
 // The scale of the FP8 unit of 128 columns with this number, counted from the matrix's first column.
 __device__ inline float block_scale_of(const Gemv& p, const Matrix& m, int tile, int unit) {
@@ -187,18 +179,17 @@ cudaError_t start_kernel(const Gemv& p, int shared, cudaStream_t stream) {
   return launch(kernel, grid, stream, p);
 }
 
-// `start(constant)` of a format.
-template <Kind kind>
-using KindConstant = std::integral_constant<Kind, kind>;
-template <class Start>
-cudaError_t for_kind(Kind kind, const Start& start) {
-  switch (kind) {
-    case Kind::nvfp4: return start(KindConstant<Kind::nvfp4>());
-    case Kind::mxfp4: return start(KindConstant<Kind::mxfp4>());
-    case Kind::fp8: return start(KindConstant<Kind::fp8>());
-    case Kind::bf16: return start(KindConstant<Kind::bf16>());
+// `first` .. + `count` - 1 of the tokens as a call of its own.
+inline Gemv part_of(const Gemv& p, int first, int count) {
+  Gemv part = p;
+  part.tokens = count;
+  part.x += first * p.x_stride;
+  if (p.token_scale != nullptr) part.token_scale += first;
+  for (int i = 0; i < p.matrices; ++i) {
+    Matrix& m = part.matrix[i];
+    m.out = static_cast<char*>(m.out) + first * m.stride * (m.out_f32 ? sizeof(float) : sizeof(bf16));
   }
-  return cudaErrorInvalidValue;
+  return part;
 }
 
 // 9 to 32 tokens (gemv_mma_many.cu).

@@ -227,8 +227,10 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
   };
   Ring<kind, kSlots> ring(shared + warp * kSlots * kUnitShared, barriers + 8 * warp * kSlots, lane);
   auto prepare = [&] {
+    const float scale = global_scale_of<kind>(p, job);  // before the weights, behind which it would wait
     ring.fill(next_unit);
-    prepare_head<kind>(p, job, head);
+    if (threadIdx.x < kMaxTokens) head.largest[threadIdx.x] = 0;
+    if (threadIdx.x < job.matrices) head.global_scale[job.first_matrix + threadIdx.x] = scale;
     if (threadIdx.x < 2 * kWarps) {
       // A finisher's sums are counted by bytes where a cluster divides K, else by the warps that have written them.
       const bool warps = threadIdx.x < kWarps && p.split_bits == 0;
@@ -328,19 +330,6 @@ bool choose_parts(Gemv& p, const int (&clusters)[kMaxSplitBits + 1]) {
   return true;
 }
 
-// `first` .. + `count` - 1 of the tokens as a call of its own.
-Gemv part_of(const Gemv& p, int first, int count) {
-  Gemv part = p;
-  part.tokens = count;
-  part.x += first * p.x_stride;
-  if (p.token_scale != nullptr) part.token_scale += first;
-  for (int i = 0; i < p.matrices; ++i) {
-    Matrix& m = part.matrix[i];
-    m.out = static_cast<char*>(m.out) + first * m.stride * (m.out_f32 ? sizeof(float) : sizeof(bf16));
-  }
-  return part;
-}
-
 // Jobs of one format: one launch, or several for fewer tokens each where so many do not fit shared memory.
 cudaError_t start_kind(const Gemv& call, Kind kind, const Clusters& clusters, cudaStream_t stream) {
   for (int most = kMaxTokens; most >= kFewTokens; most /= 2) {
@@ -351,7 +340,7 @@ cudaError_t start_kind(const Gemv& call, Kind kind, const Clusters& clusters, cu
     for (int first = 0; first < call.tokens; first += step) {
       const Gemv part = part_of(p, first, call.tokens - first < step ? call.tokens - first : step);
       const cudaError_t error = for_kind(kind, [&](auto constant) {
-        constexpr Kind kKind = decltype(constant)::value;
+        constexpr Kind kKind = Kind(decltype(constant)::value);
         const int shared = shared_bytes(part);
         if (step <= 16) return start_kernel<gemv_mma_many_kernel<2, kKind>, false>(part, shared, stream);
         return start_kernel<gemv_mma_many_kernel<4, kKind>, false>(part, shared, stream);

@@ -26,8 +26,9 @@ struct Source<Kind::mxfp4> {
   bool exists;
 };
 
-// `next()` returns the Source of the units to be copied, one after another.
-template <Kind kind, int kSlots>
+// `next()` returns the Source of the units to be copied, one after another. kWhole: a packed unit is read before any of
+// it is multiplied, so that its slot is free sooner; this takes twelve registers more.
+template <Kind kind, int kSlots, bool kWhole = true>
 class Ring {
  public:
   // The ring's slots and, of packed kinds, its kSlots barriers.
@@ -39,14 +40,16 @@ class Ring {
     }
   }
 
-  // Start the copies of the first units.
+  // Start the copies of the first units. `paced`: the second and later ones when the first, which exists, is there.
   template <class Next>
-  __device__ void fill(const Next& next) {
+  __device__ void fill(const Next& next, bool paced = false) {
 #pragma unroll 1
     for (int s = 0; s < kSlots; ++s) {
       if constexpr (is_packed(kind)) {
+        if (paced && s == 1) wait_barrier(barriers_, 0);
         start(s, next());
       } else {
+        if (paced && s == 1) wait_copies<0>();
         source_ = next();
 #pragma unroll
         for (int q = 0; q < kPieces; ++q) copy_piece(s, q);
@@ -58,26 +61,38 @@ class Ring {
   template <class Next, class Multiply>
   __device__ void take(const Next& next, const Multiply& multiply) {
     constexpr int kTogether = part_pieces(kind), kHalves = part_halves(kind), kParts = kPieces / kTogether;
+    constexpr bool kPacked = is_packed(kind);
     const uint32_t at = slots_ + slot_ * kUnitShared;
+    uint4 pieces[kParts][kTogether];
     [[maybe_unused]] uint2 scales;
-    if constexpr (is_packed(kind)) {
+    auto read_part = [&](int part) {
+#pragma unroll
+      for (int q = 0; q < kTogether; ++q) {
+        pieces[part][q] = read_shared_16(at + (part * kTogether + q) * kPieceBytes + 16 * lane_);
+      }
+    };
+    [[maybe_unused]] auto copy_next = [&] {
+      __syncwarp();  // every lane has read all of the unit
+      if constexpr (kPacked) start(slot_, next());
+    };
+    if constexpr (kPacked) {
       wait_barrier(barriers_ + 8 * slot_, parity_);
       scales = read_scales<kind>(at, lane_);
+      if constexpr (kWhole) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) read_part(part);
+        copy_next();
+      }
     }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      uint4 pieces[kTogether];
-      if constexpr (!is_packed(kind)) wait_copies<kPieces * kSlots - kTogether>();
-#pragma unroll
-      for (int q = 0; q < kTogether; ++q) {
-        pieces[q] = read_shared_16(at + (part * kTogether + q) * kPieceBytes + 16 * lane_);
-      }
+      if constexpr (!kPacked) wait_copies<kPieces * kSlots - kTogether>();
+      if constexpr (!kPacked || !kWhole) read_part(part);
       ScalePair of_part = {};
-      if constexpr (is_packed(kind)) {
+      if constexpr (kPacked) {
         of_part = unpack_scales<kind>(scales, part);
-        if (part == kParts - 1) {
-          __syncwarp();  // every lane has read all of the unit
-          start(slot_, next());
+        if constexpr (!kWhole) {
+          if (part == kParts - 1) copy_next();
         }
       } else {
         if (part == 0) source_ = next();
@@ -87,7 +102,7 @@ class Ring {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
         uint32_t a[kSteps][4];
-        unpack_half<kind>(pieces, of_part, h, a);
+        unpack_half<kind>(pieces[part], of_part, h, a);
         multiply(part * kHalves + h, a);
       }
     }

@@ -16,9 +16,27 @@
 
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 namespace dsv4 {
 
 enum class Kind : int { nvfp4, mxfp4, fp8, bf16 };
+// The number of a kernel for several formats, beside those of Kind for one.
+constexpr int kAny = -1;
+
+// `start(constant)` of a format.
+template <int kKind>
+using KindConstant = std::integral_constant<int, kKind>;
+template <class Start>
+cudaError_t for_kind(Kind kind, const Start& start) {
+  switch (kind) {
+    case Kind::nvfp4: return start(KindConstant<int(Kind::nvfp4)>());
+    case Kind::mxfp4: return start(KindConstant<int(Kind::mxfp4)>());
+    case Kind::fp8: return start(KindConstant<int(Kind::fp8)>());
+    case Kind::bf16: return start(KindConstant<int(Kind::bf16)>());
+  }
+  return cudaErrorInvalidValue;
+}
 
 constexpr int kUnitRows = 16;
 constexpr int kPieces = 4;

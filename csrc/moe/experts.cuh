@@ -45,9 +45,6 @@ struct Divisor {
   __device__ int divide(int a) const { return by == 1 ? a : int(__umulhi(uint32_t(a), reciprocal)); }
 };
 
-// 0 <= a / by for a < 2^20: the quotient of a + 1/2 is farther from a whole number than its error is large.
-__device__ inline int divide_fast(int a, int by) { return int(__fdividef(float(a) + 0.5f, float(by))); }
-
 // Experts of one kind and shape: the routed ones, or the shared one.
 struct ExpertSide {
   const int64_t* addresses;    // [E, 3, 2]: a matrix, and the scales of its FP8 blocks
@@ -107,6 +104,7 @@ struct Experts {
   int sum_floats;            // gate_up: for slots
   bool one_list;             // down: the shared expert is one more of the routed ones' kind and shape
   int split_bits;            // down: 2^split_bits blocks of a cluster divide F
+  bool overlap;
   int chunk_tiles, spans;    // down: tiles that have slots at once, and slots of each column of a tile
   int exchange;              // down: where in shared memory
   ExpertLayout layout;
@@ -298,7 +296,7 @@ struct Order {
 };
 
 // A warp that multiplies the items of an order that are its own. Its ring starts with `start`.
-template <Kind kind, bool kDown>
+template <Kind kind, bool kDown, bool kAlone>
 struct Worker {
   static constexpr int kUnits = kStretch / unit_columns(kind);  // of a stretch
   static constexpr int kChains = kind == Kind::fp8 ? 1 : 2;     // of dependent MMAs
@@ -309,7 +307,7 @@ struct Worker {
   int ahead_group, ahead_item;  // to be copied after the one at
   int left = 0;                 // units, and the next of them: as stored, this lane's columns of row g
   const uint8_t* at = nullptr;
-  Ring<kind, kRingUnits> ring;
+  Ring<kind, kRingUnits, kAlone> ring;
 
   __device__ Worker(const Passes& passes, const Order<kDown>& order, uint32_t shared, int warp, int lane)
       : passes(passes), order(order), lane(lane), group(0), item(order.worker),
@@ -349,9 +347,10 @@ struct Worker {
     left -= source.exists;
     return source;
   }
-  __device__ void start() {
-    ring.fill([&] { return next(); });
+  __device__ void start(bool paced) {
+    ring.fill([&] { return next(); }, paced && item_exists());
   }
+  __device__ bool item_exists() const { return group < order.groups; }
 
   // All items of groups below `end`. slot(group, span, first column of the pass): where the sums of an item go.
   template <class Slot>

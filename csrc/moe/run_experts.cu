@@ -13,8 +13,10 @@
 // down: clusters of blocks that divide F, each of which keeps its columns of every h. A cluster takes a run of row
 // tiles of D with w2 of all experts. Blocks add a token's experts in the order of its slots; the sums of a cluster's
 // blocks go to one of them, which adds those in order.
-// sass experts_gate_up_kernel: HMMA.16816.F32, HMMA.16816.F32.BF16, UBLKCP, LDGSTS.E.BYPASS.LTC128B.128, LDS.128
-// sass experts_down_kernel: HMMA.16816.F32, HMMA.16816.F32.BF16, UBLKCP, LDGSTS.E.BYPASS.LTC128B.128, LDS.128
+//
+// There are kernels for one format of all weights: those for any are so large that their instructions come late.
+// sass experts_gate_up_kernel: HMMA.16816.F32, LDS.128
+// sass experts_down_kernel: HMMA.16816.F32, LDS.128
 #include <initializer_list>
 
 #include "common/cluster.cuh"
@@ -100,15 +102,15 @@ __device__ inline void finish_gate_up(const Experts& p, const Passes& passes, co
   }
 }
 
-template <Kind kind>
+template <Kind kind, bool kAlone>
 __device__ void gate_up(const Experts& p, const Passes& passes, const Order<false>& order) {
   const int warp = order.worker, lane = threadIdx.x % kWarp;
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(passes.memory));
-  Worker<kind, false> worker(passes, order, shared, warp, lane);
-  worker.start();
+  Worker<kind, false, kAlone> worker(passes, order, shared, warp, lane);
   const Rows rows = {order.side.in, p.tokens, order.side.columns, order.stretches, p.layout.rows, p.layout.pitch, 0,
                      kind, 0};
-  rows.copy(passes);
+  rows.copy(passes);  // before the weights, behind which they would wait
+  worker.start(false);
   GateSlots& slots = *passes.at<GateSlots>(p.layout.block);
   if (threadIdx.x == 0) slots.choose(p, passes, order);
   __syncthreads();
@@ -128,6 +130,7 @@ __device__ void gate_up(const Experts& p, const Passes& passes, const Order<fals
   }
 }
 
+template <int kKind>
 __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
     experts_gate_up_kernel(const __grid_constant__ Experts p) {
   extern __shared__ __align__(128) unsigned char memory[];
@@ -158,11 +161,15 @@ __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
                               .spans = spans,
                               .first_pass = is_shared ? passes.routed : 0,
                               .first_tile = block * each + min(block, more)};
-  switch (side.kind) {
-    case Kind::nvfp4: return gate_up<Kind::nvfp4>(p, passes, order);
-    case Kind::mxfp4: return gate_up<Kind::mxfp4>(p, passes, order);
-    case Kind::fp8: return gate_up<Kind::fp8>(p, passes, order);
-    case Kind::bf16: return gate_up<Kind::bf16>(p, passes, order);
+  if constexpr (kKind != kAny) {
+    return gate_up<Kind(kKind), true>(p, passes, order);
+  } else {
+    switch (side.kind) {
+      case Kind::nvfp4: return gate_up<Kind::nvfp4, false>(p, passes, order);
+      case Kind::mxfp4: return gate_up<Kind::mxfp4, false>(p, passes, order);
+      case Kind::fp8: return gate_up<Kind::fp8, false>(p, passes, order);
+      case Kind::bf16: return gate_up<Kind::bf16, false>(p, passes, order);
+    }
   }
 }
 
@@ -237,12 +244,12 @@ __device__ inline void finish_down(const Experts& p, const Passes& passes, const
   cluster_arrive_relaxed();
 }
 
-template <Kind kind>
+template <Kind kind, bool kAlone>
 __device__ void down(const Experts& p, const Passes& passes, const DownBlock& block, const Order<true>& order,
                      int warp) {
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(passes.memory));
-  Worker<kind, true> worker(passes, order, shared, warp, threadIdx.x % kWarp);
-  worker.start();
+  Worker<kind, true, kAlone> worker(passes, order, shared, warp, threadIdx.x % kWarp);
+  worker.start(p.overlap);
   wait_for_launch_before();
   const Rows rows = {p.routed.in + block.first * kStretch, p.pairs, p.routed.columns, block.stretches, p.layout.rows,
                      p.layout.pitch, 0, p.routed.kind, 0};
@@ -271,6 +278,7 @@ __device__ void down(const Experts& p, const Passes& passes, const DownBlock& bl
   if (p.split_bits > 0) cluster_wait();
 }
 
+template <int kKind>
 __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
     experts_down_kernel(const __grid_constant__ Experts p) {
   extern __shared__ __align__(128) unsigned char memory[];
@@ -309,12 +317,28 @@ __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
                              .first_pass = is_shared ? passes.routed : 0,
                              .first_tile = block.first_tile,
                              .by = Divisor(max(stretches, 1))};
-  switch (side.kind) {
-    case Kind::nvfp4: return down<Kind::nvfp4>(p, passes, block, order, warp);
-    case Kind::mxfp4: return down<Kind::mxfp4>(p, passes, block, order, warp);
-    case Kind::fp8: return down<Kind::fp8>(p, passes, block, order, warp);
-    case Kind::bf16: return down<Kind::bf16>(p, passes, block, order, warp);
+  if constexpr (kKind != kAny) {
+    return down<Kind(kKind), true>(p, passes, block, order, warp);
+  } else {
+    switch (side.kind) {
+      case Kind::nvfp4: return down<Kind::nvfp4, false>(p, passes, block, order, warp);
+      case Kind::mxfp4: return down<Kind::mxfp4, false>(p, passes, block, order, warp);
+      case Kind::fp8: return down<Kind::fp8, false>(p, passes, block, order, warp);
+      case Kind::bf16: return down<Kind::bf16, false>(p, passes, block, order, warp);
+    }
   }
+}
+
+// What a kernel needs before its first launch.
+template <void (*kernel)(Experts)>
+cudaError_t prepare() {
+  static const cudaError_t done = [] {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxExpertShared);
+    if (error != cudaSuccess) return error;
+    // Two blocks on a multiprocessor, of two launches, need all of what could be L1 cache.
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+  }();
+  return done;
 }
 
 // What is asked of the device once: how many clusters of each size run at once.
@@ -322,21 +346,29 @@ struct Device {
   int clusters[kMaxSplitBits + 1];
   cudaError_t error;
 
-  Device() {
-    for (auto* kernel : {experts_gate_up_kernel, experts_down_kernel}) {
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxExpertShared);
-      if (error != cudaSuccess) return;
-      // Two blocks on a multiprocessor, of two launches, need all of what could be L1 cache.
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-      if (error != cudaSuccess) return;
-    }
-    error = count_clusters(experts_down_kernel, kExpertThreads, kMaxExpertShared, clusters);
+  Device() : error(prepare<experts_down_kernel<kAny>>()) {
+    if (error != cudaSuccess) return;
+    error = count_clusters(experts_down_kernel<kAny>, kExpertThreads, kMaxExpertShared, clusters);
   }
 };
 
 const Device& device() {
   static const Device found;
   return found;
+}
+
+// `start(constant)` of the format of all experts if there are kernels for it alone, or of kAny.
+template <class Start>
+cudaError_t for_kinds(const Experts& p, const Start& start) {
+  if (p.routed.kind == p.shared.kind) {
+    switch (p.routed.kind) {
+      case Kind::nvfp4: return start(KindConstant<int(Kind::nvfp4)>());
+      case Kind::mxfp4: return start(KindConstant<int(Kind::mxfp4)>());
+      case Kind::fp8: return start(KindConstant<int(Kind::fp8)>());
+      case Kind::bf16: break;
+    }
+  }
+  return start(KindConstant<kAny>());
 }
 
 // `launch_part(part)` for the tokens of p, as many at a time as `fits(tokens)`.
@@ -390,8 +422,12 @@ cudaError_t start_gate_up(const Experts& p, bool overlap, cudaStream_t stream) {
   return for_parts(p, fits, [&](Experts part) {
     choose_slots(part, total);
     Grid grid{.blocks = device().clusters[0], .threads = kExpertThreads, .shared = size_t(total)};
-    grid.overlap = overlap;
-    return launch(experts_gate_up_kernel, grid, stream, part);
+    grid.overlap = part.overlap = overlap;
+    return for_kinds(part, [&](auto kind) {
+      constexpr auto kernel = experts_gate_up_kernel<decltype(kind)::value>;
+      const cudaError_t error = prepare<kernel>();
+      return error == cudaSuccess ? launch(kernel, grid, stream, part) : error;
+    });
   });
 }
 
@@ -441,8 +477,12 @@ cudaError_t start_down(Experts p, bool overlap, cudaStream_t stream) {
     choose_chunk(part, most_tiles, total);
     Grid grid{.blocks = int64_t(used) << p.split_bits, .threads = kExpertThreads, .shared = size_t(total)};
     grid.cluster = p.splits();
-    grid.overlap = overlap;
-    return launch(experts_down_kernel, grid, stream, part);
+    grid.overlap = part.overlap = overlap;
+    return for_kinds(part, [&](auto kind) {
+      constexpr auto kernel = experts_down_kernel<decltype(kind)::value>;
+      const cudaError_t error = prepare<kernel>();
+      return error == cudaSuccess ? launch(kernel, grid, stream, part) : error;
+    });
   });
 }
 

@@ -64,6 +64,17 @@ def test_bits(kind: str, sizes: Sizes, cuda_normal: Normal) -> None:
 
 
 @by_kind
+def test_one_token_at_a_time(kind: str, cuda_normal: Normal) -> None:
+    """Eight tokens of so many columns do not fit a block, however many blocks divide them."""
+    n, k = 40, 33_024
+    weight, x = random_weight(kind, n, k, cuda_normal), cuda_normal(8, k).bfloat16()
+    whole = linear(x, weight)
+    assert_gemm(whole, reference.linear(x, weight, out_dtype=F32), f"{kind} {n} x {k}")
+    for start, end in ((0, 1), (2, 4), (7, 8)):
+        assert_bits(linear(x[start:end], weight), whole[start:end], f"{kind}: tokens {start} to {end - 1}")
+
+
+@by_kind
 @pytest.mark.parametrize("tokens", [16, 32])
 def test_more_tokens_are_reproducible(tokens: int, kind: str, cuda_normal: Normal) -> None:
     for n, k in ((300, 544), (1024, 2048), (64, 4096), (16, 16384)):
