@@ -21,7 +21,6 @@ SWIGLU_LIMIT = 10.0
 DISTINCT = 96  # experts of a layer that have memory of their own; the others are these again
 STEP_TOKENS = (1, 8, 32)
 FORMATS = ("mxfp4", "fp8", "bf16")  # of one matrix, beside NVFP4
-MB = 1_000_000
 
 
 def tokens_of(tokens: int) -> str:
@@ -45,13 +44,6 @@ def shapes_of(sizes: Sizes) -> list[tuple[int, int]]:
     ]
 
 
-def linear_target(tokens: int, kind: str, n: int, k: int) -> str | None:
-    if tokens != 1 or kind != "nvfp4":
-        return None
-    bounds = {19: "<= 6.9 us", 57: "<= 16.5 us", 298: "<= 78 us"}
-    return bounds.get(round(weight_bytes(kind, n, k) / MB))
-
-
 def linear(tokens: int, n: int, k: int, kind: str = "nvfp4", *, target: str | None = None) -> Case:
     return Case(
         room="gemm",
@@ -60,7 +52,7 @@ def linear(tokens: int, n: int, k: int, kind: str = "nvfp4", *, target: str | No
         inputs=lambda draw: (draw.normal(tokens, k), random_weight(draw, kind, n, k)),
         call=gemm.linear,
         flop=2 * tokens * n * k,
-        target=target or linear_target(tokens, kind, n, k),
+        target=target,
     )
 
 

@@ -140,8 +140,7 @@ def test_cases_have_names_of_their_own_and_the_targets() -> None:
     assert targets["quantize_fp8", "Flash, 8192 tokens"] == targets["rms_norm", "Pro, 8192 tokens"]
     assert targets["quantize_nvfp4", "given scale, Pro, 8192 tokens"] == ">= 80 %"
     assert targets["route_topk", "Flash, 1 token"] == targets["route_hash", "Flash, 1 token"] == "<= 5 us"
-    assert targets["linear", "8192 x 4096 nvfp4, 1 token"] == "<= 6.9 us"
-    assert targets["linear", "129280 x 4096 nvfp4, 1 token"] == "<= 78 us"
+    assert ("linear", "8192 x 4096 nvfp4, 1 token") not in targets  # of launches apart: bench.gemm
     assert targets["linear", "8192 x 4096 nvfp4, 8192 tokens"] == ">= 350 TFLOPS"
     assert targets["attend", "CSA, Flash, 8192 tokens at 0"] == ">= 350 TFLOPS"
     assert targets["choose_entries", "Flash, 1 token, 262144 entries"] == "<= 25 us"
