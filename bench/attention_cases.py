@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
     @property
     def words(self) -> str:
         kind = kind_of(self.ratio, self.top_k)
-        return f"{kind}, {self.sizes.name.capitalize()}, {self.tokens} tokens at {self.start}"
+        return f"{kind}, {tokens_of(self.tokens, self.sizes)} at {self.start}"
 
 
 def chosen_entries(draw: Draw, visible: torch.Tensor, entries: int, top_k: int) -> torch.Tensor:
@@ -172,8 +172,8 @@ class Step(NamedTuple):
 
     @property
     def words(self) -> str:
-        kind, count = kind_of(self.ratio, self.top_k), tokens_of(self.tokens)
-        return f"{kind}, {self.sizes.name.capitalize()}, {count}, {self.attended} rows"
+        kind = kind_of(self.ratio, self.top_k)
+        return f"{kind}, {tokens_of(self.tokens, self.sizes)}, {self.attended} rows"
 
 
 def records(draw: Draw, rows: int, width: int) -> torch.Tensor:

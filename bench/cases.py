@@ -9,7 +9,7 @@ import torch
 from bench.attention_cases import attention_cases
 from bench.harness import ROOT, Case, Draw
 from bench.indexer_cases import indexer_cases
-from bench.matrix_cases import matrix_cases
+from bench.matrix_cases import matrix_cases, tokens_of
 from dsv4.ops import compressor, embed, mhc, norm, quant, rope, router, sampling
 from dsv4.ops.formats import Plain
 
@@ -20,12 +20,6 @@ LARGE = 8192  # tokens of a prefill chunk
 EPS = 1e-6
 GATE_SCALE = 1.5
 BF16, F32 = 2, 4  # bytes
-
-
-def tokens_of(tokens: int, sizes: Sizes | None = None) -> str:
-    """Like "Flash, 8 tokens"; without the model where both have the same shape."""
-    count = "1 token" if tokens == 1 else f"{tokens} tokens"
-    return f"{sizes.name.capitalize()}, {count}" if sizes else count
 
 
 def if_large(tokens: int, target: str) -> str | None:

@@ -53,7 +53,7 @@ class Queries(NamedTuple):
 
     @property
     def words(self) -> str:
-        return f"{self.sizes.name.capitalize()}, {tokens_of(self.tokens)}, {self.entries} entries"
+        return f"{tokens_of(self.tokens, self.sizes)}, {self.entries} entries"
 
 
 def visible_of(queries: Queries, draw: Draw) -> torch.Tensor:

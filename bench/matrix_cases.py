@@ -23,8 +23,10 @@ STEP_TOKENS = (1, 8, 32)
 FORMATS = ("mxfp4", "fp8", "bf16")  # of one matrix, beside NVFP4
 
 
-def tokens_of(tokens: int) -> str:
-    return "1 token" if tokens == 1 else f"{tokens} tokens"
+def tokens_of(tokens: int, sizes: Sizes | None = None) -> str:
+    """Like "Flash, 8 tokens"; without the model where both have the same shape."""
+    count = "1 token" if tokens == 1 else f"{tokens} tokens"
+    return f"{sizes.name.capitalize()}, {count}" if sizes else count
 
 
 # Linear. The matrices of a layer, two of one input as one, six experts' gate and up as one, and the head.
@@ -152,7 +154,7 @@ def route_topk(sizes: Sizes, tokens: int) -> Case:
     return Case(
         room="router",
         op="route_topk",
-        case=f"{sizes.name.capitalize()}, {tokens_of(tokens)}",
+        case=tokens_of(tokens, sizes),
         inputs=lambda draw: (*gate_inputs(draw, sizes, tokens), draw.f32(sizes.experts, scale=0.1)),
         call=lambda x, weight, bias: router.route_topk(x, weight, bias, top_k=sizes.chosen, scale=GATE_SCALE),
         flop=2 * tokens * sizes.experts * sizes.hidden,
@@ -166,7 +168,7 @@ def route_hash(sizes: Sizes, tokens: int) -> Case:
     return Case(
         room="router",
         op="route_hash",
-        case=f"{sizes.name.capitalize()}, {tokens_of(tokens)}",
+        case=tokens_of(tokens, sizes),
         inputs=lambda draw: (*gate_inputs(draw, sizes, tokens), draw.integers(sizes.vocab, tokens)),
         shared=lambda draw: (draw.integers(experts, sizes.vocab, chosen),),
         call=lambda x, weight, ids, table: router.route_hash(x, weight, ids, table, scale=GATE_SCALE),
