@@ -162,9 +162,9 @@ cudaError_t experts_gate_up(In x, In shared_x, const float* routing, const int64
                             cudaStream_t stream);
 cudaError_t experts_down(In hidden, In shared_hidden, const int64_t* chosen, const int64_t* addresses,
                          const float* global_scales, const int64_t* shared_addresses,
-                         const float* shared_global_scales, Out out, int64_t tokens, int64_t slots, int64_t width,
-                         int64_t inner, int64_t shared_inner, int64_t kind, bool e8m0, int64_t shared_kind,
-                         bool shared_e8m0, bool overlap, cudaStream_t stream);
+                         const float* shared_global_scales, Out out, int64_t experts, int64_t tokens, int64_t slots,
+                         int64_t width, int64_t inner, int64_t shared_inner, int64_t kind, bool e8m0,
+                         int64_t shared_kind, bool shared_e8m0, bool overlap, cudaStream_t stream);
 
 // For many tokens. Pairs are flat indices token * slots + slot; `order` are the pairs by expert, ascending in each,
 // those of expert e at offset[e] .. offset[e + 1] - 1, and `place` is where each pair stands there.

@@ -39,7 +39,8 @@ __device__ inline void copy_bulk(uint32_t shared, const void* global, int bytes,
                : "memory");
 }
 
-// What this thread wrote to shared memory stands before the bulk copies that follow, its own or behind a barrier.
+// What this thread wrote to shared memory, or read of it, stands before the bulk copies that follow, its own or behind
+// a barrier.
 __device__ inline void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The address of the same place in the shared memory of block `rank` of this cluster.

@@ -130,7 +130,11 @@ __device__ inline float block_sum(float x, float* scratch) {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // 0 <= a / by for a < 2^20: the quotient of a + 1/2 is farther from a whole number than its error is large.
-__device__ inline int divide_fast(int a, int by) { return int(__fdividef(float(a) + 0.5f, float(by))); }
+__device__ inline int divide_fast(int a, int by) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(float(by)));
+  return int((float(a) + 0.5f) * inverse);
+}
 
 // How many multiprocessors the current device has.
 inline cudaError_t count_processors(int& count) {

@@ -1,7 +1,7 @@
 // What gemv_mma.cu and gemv_mma_many.cu share: the call, its division among clusters of blocks, where weights lie.
 //
 // Blocks are divided among jobs (matrices of one format over the same columns of x) by bytes; a block, or a cluster
-// that divides the columns of K, takes a run of 16-row tiles. The warps of a block take the units of this run in turn
+// that divides the columns of K, takes a run of 16-row tiles. The warps of a block share the units of this run
 // (units.cuh), each with a ring of its own under way (ring.cuh).
 #pragma once
 

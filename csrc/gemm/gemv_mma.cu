@@ -16,12 +16,12 @@
 // there.
 // sass gemv_mma_kernel: HMMA.16816.F32, LDS.128
 #include "gemm/gemv.cuh"
+#include "gemm/sums.cuh"
 
 namespace dsv4 {
 namespace gemv {
 namespace {
 
-constexpr int kTokenStride = 20;  // floats between the sums of two tokens: no two lanes of a warp share a bank
 // Barriers, what is known of tokens, and the matrices' global scales.
 constexpr int kBarriers = kRingBarriers + 2;
 constexpr int kHeadBytes = 8 * kBarriers + int(sizeof(Head));
@@ -39,7 +39,7 @@ struct Layout {
 
   __host__ __device__ Layout(const Gemv& p, int tiles) {
     const int splits = p.splits(), own_tiles = (tiles + splits - 1) >> p.split_bits;
-    slot_floats = p.tokens * kTokenStride;
+    slot_floats = p.tokens * kSumStride;
     part_floats = own_tiles * kUnitRows * p.tokens;
     inverse = kRingBytes + kHeadBytes;
     tile_slots = inverse + p.most_stretches() * kFewTokens * 4;
@@ -224,17 +224,6 @@ __device__ inline void store_output(const Gemv& p, const Job& job, const Head& h
   }
 }
 
-// Of `count` times four floats that lie `stride` apart, in ascending order.
-__device__ inline float4 add_up(const float* from, int count, int stride) {
-  float4 sum = {};
-#pragma unroll 4
-  for (; count > 0; --count, from += stride) {
-    const float4 v = *reinterpret_cast<const float4*>(from);
-    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-  }
-  return sum;
-}
-
 template <Kind kind, int kPiecesOfWarp>
 __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
   const int cluster = (blockIdx.x >> p.split_bits) - job.first_cluster, rank = blockIdx.x & (p.splits() - 1);
@@ -258,7 +247,7 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
   Ring<kind, kSlots> ring(shared + warp * kSlots * kUnitShared, barriers + 8 * warp * kSlots, lane);
   auto prepare = [&] {
     const float scale = global_scale_of<kind>(p, job);
-    ring.fill(next_unit, p.overlap && part.left > 0);
+    ring.fill(next_unit, p.overlap);
     if (thread < job.matrices) head.global_scale[job.first_matrix + thread] = scale;
     if (p.split_bits > 0) {
       if (thread == 0) {
@@ -308,11 +297,11 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
         }
       }
     }
-    float* to = sums + slot * layout.slot_floats + 2 * t * kTokenStride + g;
+    float* to = sums + slot * layout.slot_floats + 2 * t * kSumStride + g;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (!is_half(kind)) sum[e] = (chain[0][e] + chain[kChains - 1][e]) * unit_factor(kind);
-      if (2 * t + e % 2 < p.tokens) to[e % 2 * kTokenStride + 8 * (e / 2)] = sum[e];
+      if (2 * t + e % 2 < p.tokens) to[e % 2 * kSumStride + 8 * (e / 2)] = sum[e];
     }
     if (first == 0) tile_slots[part.tile].first = slot;
     if (first + count == run.stretches) tile_slots[part.tile].last = slot;
@@ -323,12 +312,11 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
   __syncthreads();
 
   // Over K in ascending order: a thread the sums of four rows for its block, then for its cluster.
-  constexpr int kQuads = kUnitRows / 4;
   const int quad = thread % kQuads;
   auto sum_of = [&](int tile, int token) {
     const TileSlots slots = tile_slots[tile];
-    const float* from = sums + slots.first * layout.slot_floats + token * kTokenStride + 4 * quad;
-    return add_up(from, slots.last - slots.first + 1, layout.slot_floats);
+    const float* from = sums + slots.first * layout.slot_floats + token * kSumStride + 4 * quad;
+    return add_slots(from, slots.last - slots.first + 1, layout.slot_floats);
   };
   auto each_output = [&](int tiles, auto&& do_this) {
     for (int pair = thread / kQuads; pair < tiles * p.tokens; pair += kThreads / kQuads) {
@@ -353,7 +341,7 @@ __device__ void run_job(const Gemv& p, const Job& job, unsigned char* memory) {
     float4 sum;
     if (splits > 1) {
       const int place = (tile * p.tokens + token) * kUnitRows + 4 * quad;
-      sum = add_up(reinterpret_cast<const float*>(memory + layout.exchange) + place, splits, layout.part_floats);
+      sum = add_slots(reinterpret_cast<const float*>(memory + layout.exchange) + place, splits, layout.part_floats);
     } else {
       sum = sum_of(tile, token);
     }

@@ -40,21 +40,29 @@ class Ring {
     }
   }
 
-  // Start the copies of the first units. `paced`: the second and later ones when the first, which exists, is there.
+  // Start the copies of the first units. `paced`: the second and later ones when the first is there.
   template <class Next>
   __device__ void fill(const Next& next, bool paced = false) {
 #pragma unroll 1
     for (int s = 0; s < kSlots; ++s) {
-      if constexpr (is_packed(kind)) {
-        if (paced && s == 1) wait_barrier(barriers_, 0);
-        start(s, next());
-      } else {
-        if (paced && s == 1) wait_copies<0>();
-        source_ = next();
-#pragma unroll
-        for (int q = 0; q < kPieces; ++q) copy_piece(s, q);
-      }
+      if (!fill_slot(s, next, paced)) return;
     }
+  }
+  // That of the slots one by one: of FP8 and bf16 all of them before the first unit is taken. False: there is no unit.
+  template <class Next>
+  __device__ bool fill_slot(int s, const Next& next, bool paced) {
+    if constexpr (is_packed(kind)) {
+      const Source<kind> from = next();
+      if (!from.exists) return false;
+      if (paced && s == 1) wait_barrier(barriers_, 0);
+      start(s, from);
+    } else {
+      if (paced && s == 1) wait_copies<0>();
+      source_ = next();
+#pragma unroll
+      for (int q = 0; q < kPieces; ++q) copy_piece(s, q);
+    }
+    return true;
   }
 
   // The unit at the ring's end, half by half: `multiply(half, operands)`, while the next one takes its place.
@@ -72,8 +80,11 @@ class Ring {
       }
     };
     [[maybe_unused]] auto copy_next = [&] {
-      __syncwarp();  // every lane has read all of the unit
-      if constexpr (kPacked) start(slot_, next());
+      if constexpr (kPacked) {
+        fence_copies();  // reads under way could be overtaken
+        __syncwarp();    // every lane has read all of the unit
+        start(slot_, next());
+      }
     };
     if constexpr (kPacked) {
       wait_barrier(barriers_ + 8 * slot_, parity_);

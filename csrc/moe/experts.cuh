@@ -1,19 +1,23 @@
 // What both kernels of run_experts share: which experts which tokens need, and how a block's warps stream them.
 //
 // PASSES. A token and one of its slots are a pair. A pass is an expert and up to eight of the pairs that chose it (of
-// gate_up up to T, so that a tile's sums never need more room): the columns of an MMA. Passes are in ascending order of
-// experts; the shared expert, which every token takes, comes last.
+// gate_up up to T, so that a tile's sums never need more room): the columns of an MMA. The first pass is the shared
+// expert's, which every token takes and which is known before anyone has chosen; the others are in ascending order of
+// experts.
 //
-// WORK. The rows that passes multiply, tokens of gate_up or h of down, lie in shared memory from the beginning. A block
-// has a run of row tiles, and of each the same stretches of 256 columns. An item is a span of these stretches of one
-// tile of one matrix; warps take items in turn, each with a ring of units under way (gemm/ring.cuh). An item's sums, 16
-// rows x the columns of its pass, go to a slot in shared memory. After a barrier slots are added in ascending order of
-// K. Spans depend on the shape of matrices alone, and a column on no other, so that a token's result has the same bits
-// beside any other seven.
+// WORK. The rows that passes multiply, tokens of gate_up or h of down, lie in shared memory from the beginning: for
+// weights that become fp16 as fp16, every stretch of 256 columns times a power of two of its own. A block has a run of
+// row tiles, and of each the same stretches. An item is a span of these stretches of one tile of one matrix. Warps
+// divide the items, span after span and of each all tiles, evenly; each has a ring of units under way (gemm/ring.cuh).
+// So most items of a warp differ in the tile alone, and it finds out once where rows, weights and sums lie. An item's
+// sums, 16 rows x the columns of its pass, go to a slot in shared memory. After a barrier slots are added in ascending
+// order of K. Spans depend on the shape of matrices alone, and a column on no other, so that a token's result has the
+// same bits beside any other seven.
 #pragma once
 
 #include "common/overlap.cuh"
 #include "gemm/ring.cuh"
+#include "gemm/sums.cuh"
 
 namespace dsv4 {
 
@@ -24,9 +28,7 @@ constexpr int kStretch = 256;  // columns of a matrix are a multiple of it: whol
 constexpr int kStretchBytes = 2 * kStretch;  // of a row in shared memory
 constexpr int kMaxExpertTokens = 8, kMaxPairs = 128;
 constexpr int kColumns = 8;         // of a pass
-constexpr int kColumnStride = 20;   // floats between the sums of two columns: no two lanes of a warp share a bank
 constexpr int kMatrices = 3;        // of an expert, in tables: w1, w3, w2
-constexpr int kQuads = kUnitRows / 4;
 constexpr int kExpertRingBytes = kExpertWarps * kRingUnits * kUnitShared;
 constexpr int kExpertBarriers = kExpertWarps * kRingUnits + 2;  // the rings', then that of a cluster's exchange
 // Dynamic shared memory: what a block may have, and what leaves as much for one of another launch.
@@ -45,6 +47,13 @@ struct Divisor {
   __device__ int divide(int a) const { return by == 1 ? a : int(__umulhi(uint32_t(a), reciprocal)); }
 };
 
+// A row in shared memory: its columns, then the factor of each stretch that undoes its power of two.
+__host__ __device__ constexpr int factors_at(int stretches) { return stretches * kStretchBytes; }
+__host__ __device__ constexpr int row_pitch(int stretches) {
+  const int columns = token_pitch(stretches * kStretch), needed = factors_at(stretches) + 4 * stretches;
+  return columns + (needed > columns ? (needed - columns + 127) / 128 * 128 : 0);  // shares banks with as few as before
+}
+
 // Experts of one kind and shape: the routed ones, or the shared one.
 struct ExpertSide {
   const int64_t* addresses;    // [E, 3, 2]: a matrix, and the scales of its FP8 blocks
@@ -55,6 +64,7 @@ struct ExpertSide {
   bool e8m0;
   int rows, columns;  // of a matrix
   Divisor tiles;      // rows / 16
+  int tile_bytes;     // of 16 rows
 
   __host__ __device__ int stretches() const { return columns / kStretch; }
   __host__ __device__ int stretch_bytes() const {  // of 16 rows
@@ -65,7 +75,7 @@ struct ExpertSide {
 // Shared memory of a block, in bytes from its beginning: the warps' rings, barriers and lists, the rows that are
 // multiplied, slots of sums, and (down) the sums of a cluster's blocks.
 struct ExpertLayout {
-  int data, scales, global_scales, weight, largest, inverse, expert, begins, place, first, pair, row_at, count, block;
+  int data, scales, global_scales, routing, expert, begins, first, pair, row_at, count, orders;
   int pitch, shared_pitch, rows, shared_rows, sums;
 
   ExpertLayout() = default;
@@ -80,13 +90,13 @@ struct ExpertLayout {
     data = take(8 * passes * matrices);
     scales = take(8 * passes * matrices);
     global_scales = take(4 * passes * matrices);
-    for (int* list : {&weight, &largest, &inverse, &expert, &begins, &place, &pair, &row_at}) *list = take(4 * all);
+    for (int* list : {&routing, &expert, &begins, &pair, &row_at}) *list = take(4 * all);
     first = take(4 * (passes + 1));
     count = take(4);
-    block = take(32);  // what a kernel's block has for itself
+    orders = take(2 * 64);  // gate_up
     at = int(ceil_div(at, 128)) * 128;
-    pitch = token_pitch(stretches * kStretch);
-    shared_pitch = token_pitch(shared_stretches * kStretch);
+    pitch = row_pitch(stretches);
+    shared_pitch = row_pitch(shared_stretches);
     rows = take(routed * pitch);
     shared_rows = take(shared * shared_pitch);
     sums = at;
@@ -99,13 +109,15 @@ struct Experts {
   const float* routing;   // [T, K]
   bf16* out;              // [T, D]
   float limit;
-  int experts;               // that the tables have (gate_up)
+  int experts;               // that the tables have
   int tokens, slots, pairs;  // pairs = tokens x slots
   int sum_floats;            // gate_up: for slots
-  bool one_list;             // down: the shared expert is one more of the routed ones' kind and shape
+  bool alike;                // the shared expert is one more of the routed ones' kind, in down also of their shape
+  int routed_workers;        // otherwise: blocks (gate_up) or warps of a block (down) for the routed experts
   int split_bits;            // down: 2^split_bits blocks of a cluster divide F
   bool overlap;
-  int chunk_tiles, spans;    // down: tiles that have slots at once, and slots of each column of a tile
+  int chunk_tiles, spans;    // down: tiles that have slots at once, and of each at most so many for a pair
+  int slot_floats;           // down: of a tile's
   int exchange;              // down: where in shared memory
   ExpertLayout layout;
 
@@ -116,300 +128,395 @@ struct Experts {
 struct Passes {
   unsigned char* memory;
   const ExpertLayout& layout;
-  int routed;
 
   template <class T>
   __device__ T* at(int offset) const { return reinterpret_cast<T*>(memory + offset); }
   __device__ int64_t* data() const { return at<int64_t>(layout.data); }      // [passes][matrices]: addresses
   __device__ int64_t* scales() const { return at<int64_t>(layout.scales); }
   __device__ float* global_scales() const { return at<float>(layout.global_scales); }
-  __device__ float* weight() const { return at<float>(layout.weight); }      // of pairs: routing, or w2's global scale
-  __device__ uint32_t* largest() const { return at<uint32_t>(layout.largest); }  // magnitude of each row
-  __device__ float* inverse() const { return at<float>(layout.inverse); }    // the factor of its sums
-  __device__ int* place() const { return at<int>(layout.place); }            // column of each pair
+  __device__ float* routing() const { return at<float>(layout.routing); }    // of pairs; 1 of the shared expert's
   __device__ int* first() const { return at<int>(layout.first); }            // column of each pass
   __device__ int* pair() const { return at<int>(layout.pair); }              // of each column
   __device__ int* row_at() const { return at<int>(layout.row_at); }          // where its row lies in memory
   __device__ int columns_of(int pass) const { return first()[pass + 1] - first()[pass]; }
 
-  __device__ void find_matrix(const ExpertSide& side, int in_table, int to) const {
-    data()[to] = side.addresses[2 * in_table];
-    scales()[to] = side.addresses[2 * in_table + 1];
-    global_scales()[to] = side.global_scales[in_table];
+  // How many passes there are.
+  __device__ int count() const { return *at<int>(layout.count); }
+
+  // What a thread needs to know of the pair with its number.
+  struct Choice {
+    int expert;
+    float routing;
+  };
+  __device__ Choice ask(const Experts& p) const {
+    const int i = threadIdx.x;
+    Choice choice = {};
+    if (i < p.pairs) {
+      choice.expert = int(p.chosen[i]);
+      if (p.routing != nullptr) choice.routing = p.routing[i];
+    }
+    return choice;
   }
 
-  // kFirst .. + kCount - 1 are the matrices that the kernel reads. The whole block; ends with a barrier.
+  // kFirst .. + kCount - 1 are the matrices that the kernel reads. The whole block, which then needs a barrier.
+  // The first pass:
   template <int kFirst, int kCount>
-  __device__ void find(const Experts& p) {
-    constexpr bool kDown = kFirst == 2;
-    int* expert = at<int>(layout.expert);
-    int* begins = at<int>(layout.begins);  // of columns: the expert of the pass that begins there, or -1
-    const int i = threadIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    if (i < p.pairs) {
-      expert[i] = int(p.chosen[i]);
-      if (!kDown) weight()[i] = p.routing[i];
+  __device__ void find_shared(const Experts& p) const {
+    const int i = threadIdx.x;
+    if (i < p.tokens) {
+      pair()[i] = p.pairs + i;
+      row_at()[i] = layout.shared_rows + i * layout.shared_pitch;
+      routing()[p.pairs + i] = 1.0f;
     }
-    if (i < p.pairs + p.tokens) largest()[i] = 0;
-    __syncthreads();
+    if (i < kCount) find_matrix(p.shared, kFirst + i, i);
+    if (i == 0) first()[0] = 0, first()[1] = p.tokens;
+  }
+  // All others. Few pairs are one warp's work.
+  template <int kFirst, int kCount>
+  __device__ void find(const Experts& p, const Choice& choice) const {
+    constexpr bool kDown = kFirst == 2;
+    int* expert = at<int>(layout.expert);  // of pairs, then of passes
+    int* begins = at<int>(layout.begins);  // of columns: the expert of the pass that begins there, or -1
+    const bool few = p.pairs <= kWarp;
+    const int i = threadIdx.x, threads = few ? kWarp : kExpertThreads;
+    if (i >= threads) return;
+    auto barrier = [&] {
+      if (few) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
+    };
+    // A thread a pair.
+    if (i < p.pairs) expert[i] = choice.expert, routing()[i] = choice.routing;
+    barrier();
     if (i < p.pairs) {
-      const int mine = expert[i];
-      if (kDown) weight()[i] = p.routed.global_scales[mine * kMatrices + kFirst];
       int before = 0, same = 0;
-#pragma unroll 4
+#pragma unroll 2
       for (int j = 0; j < p.pairs; ++j) {
-        before += expert[j] < mine;
-        same += expert[j] == mine && j < i;
+        const int other = expert[j];
+        before += other < choice.expert;
+        same += other == choice.expert && j < i;
       }
       const int column = before + same;
-      place()[i] = column;
-      pair()[column] = i;
-      row_at()[column] = layout.rows + (kDown ? i : i / p.slots) * layout.pitch;
-      begins[column] = same % (kDown ? kColumns : p.tokens) == 0 ? mine : -1;
-    } else if (i < p.pairs + p.tokens) {
-      place()[i] = pair()[i] = i;
-      row_at()[i] = layout.shared_rows + (i - p.pairs) * layout.shared_pitch;
-      weight()[i] = kDown ? p.shared.global_scales[kFirst] : 1.0f;
+      pair()[p.tokens + column] = i;
+      row_at()[p.tokens + column] = layout.rows + (kDown ? i : divide_fast(i, p.slots)) * layout.pitch;
+      begins[column] = same % (kDown ? kColumns : p.tokens) == 0 ? choice.expert : -1;
     }
-    __syncthreads();
-    if (warp < kCount) {
-      int before = 0;
+    barrier();
+    if (i < kWarp) {
+      int passes = 1;
       for (int base = 0; base < p.pairs; base += kWarp) {
-        const int of = base + lane < p.pairs ? begins[base + lane] : -1;
+        const int column = base + i, of = column < p.pairs ? begins[column] : -1;
         const unsigned all = __ballot_sync(kFullMask, of >= 0);
-        const int pass = before + __popc(all & ((1u << lane) - 1));
-        if (of >= 0) {
-          if (warp == 0) first()[pass] = base + lane;
-          find_matrix(p.routed, of * kMatrices + kFirst + warp, pass * kCount + warp);
-        }
-        before += __popc(all);
+        const int pass = passes + __popc(all & ((1u << i) - 1));
+        if (of >= 0) first()[pass] = p.tokens + column, expert[pass - 1] = of;
+        passes += __popc(all);
       }
-      if (lane == 0) {
-        find_matrix(p.shared, kFirst + warp, before * kCount + warp);
-        if (warp == 0) {
-          first()[before] = p.pairs, first()[before + 1] = p.pairs + p.tokens;
-          *at<int>(layout.count) = before;
-        }
-      }
+      if (i == 0) first()[passes] = p.tokens + p.pairs, *at<int>(layout.count) = passes;
     }
-    __syncthreads();
-    routed = *at<int>(layout.count);
+    barrier();
+    for (int to = kCount + i; to < count() * kCount; to += threads) {
+      find_matrix(p.routed, expert[to / kCount - 1] * kMatrices + kFirst + to % kCount, to);
+    }
+  }
+
+ private:
+  __device__ void find_matrix(const ExpertSide& side, int in_table, int to) const {
+    const longlong2 from = __ldg(reinterpret_cast<const longlong2*>(side.addresses) + in_table);
+    global_scales()[to] = __ldg(side.global_scales + in_table);
+    data()[to] = from.x;
+    scales()[to] = from.y;
   }
 };
 
-// How many of `all` workers take the routed experts' items, the others the shared one's, so that the last one ends
-// early.
-__device__ inline int divide_workers(int all, int routed, int routed_bytes, int shared, int shared_bytes) {
-  const float bytes = float(routed) * float(routed_bytes), others = float(shared) * float(shared_bytes);
-  const int low = min(max(int(float(all) * bytes / (bytes + others)), 1), all - 1), high = min(low + 1, all - 1);
-  auto slowest = [&](int workers) {
-    const int most = (routed + workers - 1) / workers, most_shared = (shared + all - workers - 1) / (all - workers);
-    return fmaxf(float(most) * float(routed_bytes), float(most_shared) * float(shared_bytes));
-  };
-  return slowest(high) < slowest(low) ? high : low;
+// Number `index` of `of` shares of `all`.
+struct Share {
+  int first, count;
+  __device__ Share(int all, int of, int index) {
+    const int each = divide_fast(all, of), more = all - each * of;
+    first = index * each + min(index, more), count = each + (index < more);
+  }
+};
+
+// A stretch of a row that is brought to shared memory as multiply_step reads it.
+struct Stretch {
+  const bf16* from;
+  unsigned char* row;  // in shared memory
+  int index, of;       // of the row's stretches
+  Kind kind;           // of the weights that meet it
+  bool exists;
+
+  __device__ uint4 load() const { return load_piece(from + 8 * (threadIdx.x % kWarp)); }
+  __device__ void store(uint4 piece) const {
+    const int lane = threadIdx.x % kWarp;
+    const int at = kind == Kind::bf16 ? token_piece_at<Kind::bf16>(lane) : token_piece_at<Kind::nvfp4>(lane);
+    if (is_half(kind)) {
+      const TokenScale scale(__reduce_max_sync(kFullMask, largest_bits(piece)));
+      piece = scale_to_f16(piece, scale.factor);
+      if (lane == 0) reinterpret_cast<float*>(row + factors_at(of))[index] = scale.inverse * unit_factor(kind);
+    }
+    *reinterpret_cast<uint4*>(row + index * kStretchBytes + at) = piece;
+  }
+};
+
+// Brings `find(task)` for tasks first .. count - 1, which the warps take in turn; several are on their way at once.
+template <class Find>
+__device__ inline void copy_rows(int first, int count, const Find& find) {
+  constexpr int kTogether = 4;
+  for (int base = first + threadIdx.x / kWarp; base < count; base += kTogether * kExpertWarps) {
+    uint4 held[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const Stretch stretch = find(base + i * kExpertWarps);
+      if (stretch.exists) held[i] = stretch.load();
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const Stretch stretch = find(base + i * kExpertWarps);
+      if (stretch.exists) stretch.store(held[i]);
+    }
+  }
 }
 
-// Rows that are brought to shared memory as multiply_step reads them: of each row these stretches.
-struct Rows {
-  const bf16* in;  // [count, columns], from the first of the stretches on
-  int count, columns, stretches;
-  int at, pitch;  // in shared memory
-  int index;      // of the first row, in the lists of Passes
-  Kind kind;
-  int first_warp;  // that has something to do
+// Items of one span and of tiles that follow one another.
+struct Segment {
+  int pass, matrix, tile, span, count;
+};
 
-  // Tasks are stretches of rows; warps take them in turn, a lane 16 bytes of each.
-  __device__ int tasks() const { return count * stretches; }
-  __device__ int first_task() const { return (threadIdx.x / kWarp + kExpertWarps - first_warp) % kExpertWarps; }
-  __device__ bool half() const { return is_half(kind); }
-  __device__ uint4* place(unsigned char* memory, int row, int stretch) const {
-    const int lane = threadIdx.x % kWarp;
-    const int piece = kind == Kind::bf16 ? token_piece_at<Kind::bf16>(lane) : token_piece_at<Kind::nvfp4>(lane);
-    return reinterpret_cast<uint4*>(memory + at + row * pitch + stretch * kStretchBytes + piece);
-  }
+// The orders of items, of a block or of some of its warps. An outer index and then a tile name an item; outer is of
+// gate_up a span of w1 or then of w3, of down a span of a pass.
+struct DownOrder {
+  static constexpr int kSpan = 1;  // stretches that are added up in registers
+  int workers;                     // warps that share the items
+  int first_stretch, stretches;    // of the block
+  int outers, tiles, chunk;        // tiles of the block, and those that have slots at once
+  int first_pass, first_tile;
+  Divisor by;                      // spans
 
-  // As they are; for weights that become fp16 also the largest magnitude of each row.
-  __device__ void copy(const Passes& passes) const {
-    constexpr int kTogether = 4;
-    const int lane = threadIdx.x % kWarp;
-    for (int base = first_task(); base < tasks(); base += kTogether * kExpertWarps) {
-      uint4 held[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int task = base + i * kExpertWarps, row = divide_fast(task, stretches);
-        if (task < tasks()) held[i] = load_piece(in + row * columns + (task - row * stretches) * kStretch + 8 * lane);
-      }
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int task = base + i * kExpertWarps, row = divide_fast(task, stretches);
-        if (task >= tasks()) break;
-        *place(passes.memory, row, task - row * stretches) = held[i];
-        if (half()) {
-          const uint32_t most = __reduce_max_sync(kFullMask, largest_bits(held[i]));
-          if (lane == 0) atomicMax(passes.largest() + index + row, most);
-        }
-      }
-    }
+  __device__ int chunk_end(int first) const { return min(first + chunk, tiles); }
+  // `count`: how many tiles from this one on lie in the same matrix.
+  __device__ Segment at(int outer, int tile) const {
+    const int pass = by.divide(outer);
+    return {first_pass + pass, first_pass + pass, first_tile + tile, outer - pass * stretches, tiles};
   }
-  // After a barrier: each row times a power of two, as fp16. Another barrier, and they can be read.
-  __device__ void scale(const Passes& passes, bool down) const {
-    for (int i = threadIdx.x; i < count; i += kExpertThreads) {
-      float factor = unit_factor(kind);
-      if (half()) factor *= TokenScale(passes.largest()[index + i]).inverse;
-      passes.inverse()[index + i] = down ? factor * passes.weight()[index + i] : factor;
-    }
-    if (!half()) return;
-    for (int task = first_task(); task < tasks(); task += kExpertWarps) {
-      const int row = divide_fast(task, stretches);
-      uint4* piece = place(passes.memory, row, task - row * stretches);
-      *piece = scale_to_f16(*piece, TokenScale(passes.largest()[index + row]).factor);
-    }
+};
+struct GateOrder {
+  static constexpr int kSpan = 2;
+  int workers, first_stretch, stretches;
+  int spans, outers;
+  int tiles, chunk;
+  int shared_tiles, first_shared, shared_chunk;  // the block's first tiles are the shared expert's
+  int first_routed;                              // tile of all passes of routed experts, one after another
+  Divisor by;                                    // row tiles of a routed expert
+  // Slots, of each tile all spans of w1, then those of w3, have as many columns as the passes of this block at most.
+  int columns, shared_columns;
+  int buffer_floats;  // of one of two buffers, which take chunks in turn; 0: slots of all tiles fit
+
+  __device__ bool is_shared(int tile) const { return tile < shared_tiles; }
+  __device__ int chunk_end(int first) const {
+    return is_shared(first) ? min(first + shared_chunk, shared_tiles) : min(first + chunk, tiles);
+  }
+  __device__ Segment at(int outer, int tile) const {
+    const int w3 = outer >= spans, span = outer - w3 * spans;
+    if (is_shared(tile)) return {0, w3, first_shared + tile, span, shared_tiles - tile};
+    const int of_all = first_routed + tile - shared_tiles, pass = by.divide(of_all), row_tile = of_all - pass * by.by;
+    return {1 + pass, 2 * (1 + pass) + w3, row_tile, span, by.by - row_tile};
+  }
+  // Floats of a slot, and of a tile's.
+  __device__ int of_slot(bool shared) const { return (shared ? shared_columns : columns) * kSumStride; }
+  __device__ int of_tile(bool shared) const { return outers * of_slot(shared); }
+  // Floats before a tile's slots; its chunk begins at `chunk` and is written to this buffer.
+  __device__ int before(int tile, int chunk, int buffer) const {
+    const bool shared = is_shared(tile);
+    if (buffer_floats > 0) return buffer * buffer_floats + (tile - chunk) * of_tile(shared);
+    return shared ? tile * of_tile(true) : shared_tiles * of_tile(true) + (tile - shared_tiles) * of_tile(false);
   }
 };
 
-// An item: a span of stretches of a tile of a matrix.
-struct Item {
-  int pass, matrix, tile, span;
-};
+// A warp's items that are still to come of a chunk of tiles.
+struct Part {
+  int first_tile, tiles;  // of the chunk
+  int outer, tile;        // of the next item, its tile counted from the first one
+  int left;
 
-// The order of items of a block, or of some of its warps: groups (a tile, down: of all passes) of items.
-template <bool kDown>
-struct Order {
-  const ExpertSide& side;
-  int groups, items;                 // of a group
-  int worker, workers;               // this warp among those that share the items
-  int first_stretch, stretches;      // of the block
-  int span, spans;                   // stretches that are added up in registers; such spans of a tile
-  int first_pass, first_tile;        // gate_up: tile of the side's passes, one after another
-  Divisor by;                        // down: spans
-
-  __device__ Item at(int group, int item) const {
-    if (kDown) {
-      const int pass = by.divide(item);
-      return {first_pass + pass, first_pass + pass, first_tile + group, item - pass * spans};
-    }
-    const int tile = first_tile + group / 2, pass = side.tiles.divide(tile);
-    return {first_pass + pass, 2 * (first_pass + pass) + group % 2, tile - pass * side.tiles.by, item};
+  __device__ Part() : left(0) {}
+  template <class Order>
+  __device__ Part(const Order& order, int worker, int first_tile) : first_tile(first_tile) {
+    tiles = order.chunk_end(first_tile) - first_tile;
+    const int items = order.outers * tiles, first = divide_fast(items * worker, order.workers);
+    outer = divide_fast(first, tiles), tile = first - outer * tiles;
+    left = divide_fast(items * (worker + 1), order.workers) - first;
   }
-  __device__ void settle(int& group, int& item) const {
-    while (item >= items) item -= items, ++group;
+  // The next ones of the same matrix and span.
+  template <class Order>
+  __device__ Segment take(const Order& order) {
+    Segment s = order.at(outer, first_tile + tile);
+    s.count = min(min(left, tiles - tile), s.count);
+    left -= s.count, tile += s.count;
+    if (tile == tiles) tile = 0, ++outer;
+    return s;
   }
 };
 
 // A warp that multiplies the items of an order that are its own. Its ring starts with `start`.
-template <Kind kind, bool kDown, bool kAlone>
-struct Worker {
+template <Kind kind, class Order, bool kAlone>
+class Worker {
+ public:
+  // Number `worker` of those of the order, with the ring of its warp.
+  __device__ Worker(const Passes& passes, const ExpertSide& side, const Order* order, int worker, int warp)
+      : passes_(passes), side_(side), order_(order), worker_(worker),
+        ring_(shared_memory() + warp * kRingUnits * kUnitShared,
+              shared_memory() + kExpertRingBytes + 8 * warp * kRingUnits, lane()) {}
+
+  // The same as before and more behind it.
+  __device__ void extend(const Order* order) { order_ = order; }
+  // Start copying the first `count` units, so far as the order goes; once it goes farther the rest can be started.
+  __device__ void start(int count, bool paced) {
+#pragma unroll 1
+    for (; started_ < count; ++started_) {
+      if (left_ == 0) next_item();
+      if (left_ == 0) break;
+      ring_.fill_slot(started_, [&] { return next(); }, paced);
+    }
+  }
+
+  // All items of the chunk of tiles that begins with this one. slot(segment, its first tile in the order, column of its
+  // pass): where the sums of the first of its items go; those of the next one lie `of_tile` floats behind.
+  template <class Slot>
+  __device__ void multiply(int first_tile, int of_tile, const Slot& slot) {
+    const int g = lane() / 4, t = lane() % 4;
+    for (Part part(*order_, worker_, first_tile); part.left > 0;) {
+      const int tile = first_tile + part.tile;
+      const Segment s = part.take(*order_);
+      const int first = passes_.first()[s.pass], columns = passes_.columns_of(s.pass);
+      // Columns past the last one stand for it.
+      auto row_of = [&](int column) {
+        return shared_memory() + passes_.row_at()[first + min(column, columns - 1)];
+      };
+      const int from = s.span * kSpan, units = units_of(s.span);
+      const uint32_t row = row_of(g) + from * kStretchBytes + 16 * t;
+      // What the sums of columns 2 t and 2 t + 1 are multiplied by.
+      float factor[kSpan][2];
+      float* to[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        to[c] = slot(s, tile, min(2 * t + c, columns - 1)) + g;
+        const float scale = passes_.global_scales()[s.matrix];
+        const uint32_t factors = row_of(2 * t + c) + factors_at(order_->stretches) + 4 * from;
+#pragma unroll
+        for (int i = 0; i < kSpan; ++i) {
+          factor[i][c] = scale * (is_half(kind) ? read_shared_float(factors + 4 * i) : unit_factor(kind));
+        }
+      }
+#pragma unroll 1
+      for (int i = 0; i < s.count; ++i) {
+        float sum[4] = {};
+#pragma unroll 1
+        for (int unit = 0; unit < units; ++unit) {
+          [[maybe_unused]] float scale = 1.0f;
+          if constexpr (kind == Kind::fp8) {
+            constexpr int kBlockColumns = unit_columns(kind);
+            const int block = (order_->first_stretch + from) * kUnits + unit;
+            const int of_tile = (s.tile + i) / (kBlockColumns / kUnitRows) * (side_.columns / kBlockColumns);
+            scale = read_block_scale(reinterpret_cast<const void*>(passes_.scales()[s.matrix]), side_.e8m0,
+                                     of_tile + block);
+          }
+          float chain[kChains][4] = {};
+          ring_.take([&] { return next(); }, [&](int half, const uint32_t(&a)[kSteps][4]) {
+            uint32_t x[kSteps][2];
+            read_tokens(row + unit * 2 * unit_columns(kind) + half * kHalfBytes, x);
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) multiply_step<kind>(chain[step % kChains], a[step], x[step]);
+          });
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float of_unit = kChains == 2 ? chain[0][e] + chain[kChains - 1][e] : chain[0][e];
+            const float by = unit < kUnits ? factor[0][e % 2] : factor[kSpan - 1][e % 2];
+            sum[e] = fmaf(of_unit, kind == Kind::fp8 ? by * scale : by, sum[e]);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (2 * t + e % 2 < columns) to[e % 2][i * of_tile + 8 * (e / 2)] = sum[e];
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpan = Order::kSpan;
   static constexpr int kUnits = kStretch / unit_columns(kind);  // of a stretch
   static constexpr int kChains = kind == Kind::fp8 ? 1 : 2;     // of dependent MMAs
-  const Passes& passes;
-  const Order<kDown>& order;
-  int lane;
-  int group, item;              // to be multiplied next
-  int ahead_group, ahead_item;  // to be copied after the one at
-  int left = 0;                 // units, and the next of them: as stored, this lane's columns of row g
-  const uint8_t* at = nullptr;
-  Ring<kind, kRingUnits, kAlone> ring;
 
-  __device__ Worker(const Passes& passes, const Order<kDown>& order, uint32_t shared, int warp, int lane)
-      : passes(passes), order(order), lane(lane), group(0), item(order.worker),
-        ring(shared + warp * kRingUnits * kUnitShared, shared + kExpertRingBytes + 8 * warp * kRingUnits, lane) {
-    if (order.groups > 0) order.settle(group, item);
-    ahead_group = group, ahead_item = item;
-  }
+  __device__ static int lane() { return threadIdx.x % kWarp; }
+  __device__ uint32_t shared_memory() const { return uint32_t(__cvta_generic_to_shared(passes_.memory)); }
+  __device__ int units_of(int span) const { return min(kSpan, order_->stretches - span * kSpan) * kUnits; }
 
-  __device__ int units_of(int span) const { return min(order.span, order.stretches - span * order.span) * kUnits; }
-  __device__ Source<kind> next() {
-    const ExpertSide& side = order.side;
-    if (left == 0 && ahead_group < order.groups) {
-      const Item i = order.at(ahead_group, ahead_item);
-      const int stretch = order.first_stretch + i.span * order.span;
-      at = reinterpret_cast<const uint8_t*>(passes.data()[i.matrix]);
-      if constexpr (is_packed(kind)) {
-        at += uint32_t(i.tile * side.stretches() + stretch) * unit_bytes(kind);
-      } else {
-        const int row = i.tile * kUnitRows + lane / 4, column = stretch * kStretch + Unit<kind>::kLane * (lane % 4);
-        at += uint32_t(row * side.columns + column) * Unit<kind>::kSize;
-      }
-      left = units_of(i.span);
-      ahead_item += order.workers;
-      order.settle(ahead_group, ahead_item);
-    }
-    Source<kind> source;
-    source.exists = left > 0;
-    if constexpr (is_packed(kind)) {
-      source.unit = at;
-      at += unit_bytes(kind);
+  // Where the next item's units lie.
+  __device__ void next_item() {
+    if (same_ > 0) {
+      at_ += side_.tile_bytes - units_ * step();
+      --same_;
     } else {
-      source.unit.at = at;
-      source.unit.below = 8 * side.columns * Unit<kind>::kSize;
-      source.unit.width = unit_columns(kind);
-      at += unit_columns(kind) * Unit<kind>::kSize;
+      while (ahead_.left == 0) {
+        if (next_chunk_ >= order_->tiles) return;
+        ahead_ = Part(*order_, worker_, next_chunk_);
+        next_chunk_ = order_->chunk_end(next_chunk_);
+      }
+      const Segment s = ahead_.take(*order_);
+      same_ = s.count - 1;
+      units_ = units_of(s.span);
+      const int unit = (order_->first_stretch + s.span * kSpan) * kUnits;
+      at_ = reinterpret_cast<const uint8_t*>(passes_.data()[s.matrix]);
+      at_ += int64_t(s.tile) * side_.tile_bytes + unit * step();
+      if constexpr (!is_packed(kind)) {
+        at_ += (lane() / 4 * side_.columns + Unit<kind>::kLane * (lane() % 4)) * Unit<kind>::kSize;
+      }
     }
-    left -= source.exists;
+    left_ = units_;
+  }
+  // Bytes from a unit to the next one of a tile.
+  __device__ static constexpr int step() {
+    if constexpr (is_packed(kind)) {
+      return unit_bytes(kind);
+    } else {
+      return unit_columns(kind) * Unit<kind>::kSize;
+    }
+  }
+  __device__ Source<kind> next() {
+    if (left_ == 0) next_item();
+    Source<kind> source;
+    source.exists = left_ > 0;
+    if constexpr (is_packed(kind)) {
+      source.unit = at_;
+    } else {
+      source.unit.at = at_;
+      source.unit.below = 8 * side_.columns * Unit<kind>::kSize;
+      source.unit.width = unit_columns(kind);
+    }
+    at_ += step();
+    left_ -= source.exists;
     return source;
   }
-  __device__ void start(bool paced) {
-    ring.fill([&] { return next(); }, paced && item_exists());
-  }
-  __device__ bool item_exists() const { return group < order.groups; }
 
-  // All items of groups below `end`. slot(group, span, first column of the pass): where the sums of an item go.
-  template <class Slot>
-  __device__ void multiply(int end, const Slot& slot) {
-    const int g = lane / 4, t = lane % 4;
-    while (group < end) {
-      const Item i = order.at(group, item);
-      const int first = passes.first()[i.pass], columns = passes.first()[i.pass + 1] - first;
-      const int row_at = passes.row_at()[first + min(g, columns - 1)] + i.span * order.span * kStretchBytes + 16 * t;
-      uint32_t row = uint32_t(__cvta_generic_to_shared(passes.memory)) + row_at;
-      float sum[kChains][4] = {};
-      [[maybe_unused]] float total[4] = {};  // FP8: of the units before, each times its scale
-      const int units = units_of(i.span);
-#pragma unroll 1
-      for (int unit = 0; unit < units; ++unit, row += 2 * unit_columns(kind)) {
-        [[maybe_unused]] float scale;
-        if constexpr (kind == Kind::fp8) {
-          constexpr int kBlockColumns = unit_columns(kind);
-          const int block = (order.first_stretch + i.span * order.span) * kUnits + unit;
-          const int of_tile = i.tile / (kBlockColumns / kUnitRows) * (order.side.columns / kBlockColumns);
-          scale = read_block_scale(reinterpret_cast<const void*>(passes.scales()[i.matrix]), order.side.e8m0,
-                                   of_tile + block);
-        }
-        ring.take([&] { return next(); }, [&](int half, const uint32_t(&a)[kSteps][4]) {
-          uint32_t x[kSteps][2];
-          read_tokens(row + half * kHalfBytes, x);
-#pragma unroll
-          for (int step = 0; step < kSteps; ++step) multiply_step<kind>(sum[step % kChains], a[step], x[step]);
-        });
-        if constexpr (kind == Kind::fp8) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) total[e] = fmaf(sum[0][e], scale, total[e]), sum[0][e] = 0.0f;
-        }
-      }
-      float* to = slot(group, i.span, first) + 2 * t * kColumnStride + g;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float whole = kind == Kind::fp8 ? total[e] : sum[0][e] + sum[kChains - 1][e];
-        if (2 * t + e % 2 < columns) to[e % 2 * kColumnStride + 8 * (e / 2)] = whole;
-      }
-      item += order.workers;
-      order.settle(group, item);
-    }
-  }
+  const Passes& passes_;
+  const ExpertSide& side_;
+  const Order* order_;
+  int worker_;
+  int started_ = 0;  // slots of the ring
+  // What is to be copied next.
+  Part ahead_;
+  int next_chunk_ = 0;
+  int same_ = 0;                 // items of the segment behind the one that is being copied
+  int units_ = 0, left_ = 0;     // of that one, and those of it that are still to be copied
+  const uint8_t* at_ = nullptr;  // the next of them: as stored, this lane's columns of row g
+  Ring<kind, kRingUnits, kAlone> ring_;
 };
 
 // A barrier of the block whose warps come to it in code for different kinds.
 __device__ inline void sync_block() { asm volatile("barrier.sync.aligned 0;" ::: "memory"); }
 
-// Four rows' sums in ascending order of K: `count` slots, `step` floats from one to the next.
-__device__ inline float4 add_slots(const float* from, int count, int step) {
-  float4 sum = {};
-#pragma unroll 4
-  for (int s = 0; s < count; ++s, from += step) {
-    const float4 v = *reinterpret_cast<const float4*>(from);
-    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-  }
-  return sum;
-}
 __device__ inline void store_rounded(bf16* to, const float4& v) {
   const __nv_bfloat162 low = __floats2bfloat162_rn(v.x, v.y), high = __floats2bfloat162_rn(v.z, v.w);
   *reinterpret_cast<uint2*>(to) = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};

@@ -8,15 +8,18 @@
 // 66 and 33 MB, 22.5 us of an H200's memory. Which experts those are, and where their weights lie, only the device
 // knows: every block finds out for itself (experts.cuh, which says how a block works).
 //
-// gate_up: a block a multiprocessor. Blocks are divided between the routed experts and the shared one by bytes; each
-// takes a run of row tiles of F, with w1 and w3 of every one, so that it can finish h.
+// gate_up: a block a multiprocessor. It takes row tiles of F, with w1 and w3 of every one, so that it can finish h.
+// Where all weights are alike its first tiles are the shared expert's: they are asked for before it is known who was
+// chosen, even before the launch before has ended. Where they are not, some blocks work for the shared expert alone.
 // down: clusters of blocks that divide F, each of which keeps its columns of every h. A cluster takes a run of row
 // tiles of D with w2 of all experts. Blocks add a token's experts in the order of its slots; the sums of a cluster's
 // blocks go to one of them, which adds those in order.
 //
-// There are kernels for one format of all weights: those for any are so large that their instructions come late.
+// There are kernels for the formats that checkpoints have: those for any are so large that their instructions come
+// late.
 // sass experts_gate_up_kernel: HMMA.16816.F32, LDS.128
 // sass experts_down_kernel: HMMA.16816.F32, LDS.128
+#include <cmath>
 #include <initializer_list>
 
 #include "common/cluster.cuh"
@@ -26,7 +29,6 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kGateSpan = 2;     // stretches of an item of gate_up
 constexpr int kMaxSplitBits = 3;
 constexpr int kRowBytes = 120 * 1024;  // that one token's h may have in a block of down
 
@@ -36,7 +38,7 @@ constexpr int kBlocksAtOnce = DSV4_ARCH == 90 ? 2 : 1;
 __device__ inline float swiglu(float gate, float up, float limit) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : up < -limit ? -limit : up;
-  return gate / (1.0f + expf(-gate)) * up;
+  return __fdividef(gate, 1.0f + expf(-gate)) * up;
 }
 
 // The tables into the L2 cache, a few lines each block: they will be needed as soon as it is known who was chosen.
@@ -45,130 +47,160 @@ __device__ inline void ask_for_tables(const Experts& p) {
   const int matrices = p.experts * kMatrices;
   const int addresses = matrices * 2 * int(sizeof(int64_t)), scales = matrices * int(sizeof(float));
   for (int at = blockIdx.x * kLine; at < addresses; at += gridDim.x * kLine) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(p.routed.addresses) + at));
-    if (at < scales) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(p.routed.global_scales) + at));
-    }
+    fetch_to_l2(reinterpret_cast<const char*>(p.routed.addresses) + at);
+    if (at < scales) fetch_to_l2(reinterpret_cast<const char*>(p.routed.global_scales) + at);
   }
 }
 
-// Slots of gate_up, in shared memory: as many tiles at once as fit, by the most columns that a pass of this block has.
-struct GateSlots {
-  int most, floats;  // of a slot
-  int tiles, buffer_floats;
-  int all;  // tiles of this block
-
-  __device__ void choose(const Experts& p, const Passes& passes, const Order<false>& order) {
-    all = order.groups / 2;
-    const int last = order.side.tiles.divide(order.first_tile + max(all, 1) - 1);
-    most = 1;
-    for (int pass = order.side.tiles.divide(order.first_tile); pass <= last; ++pass) {
-      most = max(most, passes.columns_of(order.first_pass + pass));
+// h of the tiles first .. end - 1 of a block, all of them of the shared expert or none. A thread a row.
+__device__ inline void finish_gate_up(const Experts& p, const Passes& passes, const GateOrder& order,
+                                      const float* sums, int first, int end) {
+  const bool is_shared = order.is_shared(first);
+  const ExpertSide& side = is_shared ? p.shared : p.routed;
+  const int most = is_shared ? order.shared_columns : order.columns, of_slot = most * kSumStride, spans = order.spans;
+  for (int i = threadIdx.x; i < (end - first) * most * kUnitRows; i += kExpertThreads) {
+    const int row = i % kUnitRows, tile = divide_fast(i / kUnitRows, most), column = i / kUnitRows - tile * most;
+    const Segment s = order.at(0, first + tile);
+    const int at = passes.first()[s.pass] + column;
+    if (at >= passes.first()[s.pass + 1]) continue;
+    const int pair = passes.pair()[at];
+    const float* from = sums + 2 * spans * tile * of_slot + column * kSumStride + row;
+    float gate = 0.0f, up = 0.0f;
+#pragma unroll 4
+    for (int span = 0; span < spans; ++span) {
+      gate += from[span * of_slot];
+      up += from[(spans + span) * of_slot];
     }
-    floats = most * kColumnStride;
-    const int of_tile = 2 * order.spans * floats;
-    const bool fits = all * of_tile <= p.sum_floats;
-    tiles = max(all, 1);
-    if (!fits) {
-      const int most_tiles = p.sum_floats / (2 * of_tile), chunks = (all + most_tiles - 1) / most_tiles;
-      tiles = (all + chunks - 1) / chunks;
-    }
-    buffer_floats = fits ? 0 : tiles * of_tile;
+    const float h = swiglu(gate, up, p.limit) * passes.routing()[pair];
+    const int64_t of_pair = int64_t(is_shared ? pair - p.pairs : pair) * side.rows;
+    side.hidden[of_pair + s.tile * kUnitRows + row] = __float2bfloat16_rn(h);
   }
-};
+}
 
-// h of the tiles chunk .. + tiles - 1 of a block.
-__device__ inline void finish_gate_up(const Experts& p, const Passes& passes, const Order<false>& order,
-                                      const GateSlots& slots, const float* sums, int chunk, int tiles) {
-  const ExpertSide& side = order.side;
+// What is known of a block's order before anyone has chosen: the tiles of the shared expert.
+__device__ inline GateOrder begin_order(const Experts& p, const ExpertSide& side) {
+  const int blocks = int(gridDim.x), block = int(blockIdx.x);
+  GateOrder order = {};
+  order.workers = kExpertWarps, order.stretches = side.stretches();
+  order.spans = (order.stretches + GateOrder::kSpan - 1) / GateOrder::kSpan, order.outers = 2 * order.spans;
+  order.by = p.routed.tiles;
+  order.columns = 1, order.shared_columns = p.tokens;
   const bool is_shared = &side == &p.shared;
-  for (int i = threadIdx.x; i < tiles * slots.most * kQuads; i += kExpertThreads) {
-    const int quad = i % kQuads, tile = divide_fast(i / kQuads, slots.most), column = i / kQuads - tile * slots.most;
-    const Item item = order.at(2 * (chunk + tile), 0);
-    if (column >= passes.columns_of(item.pass)) continue;
-    const int pair = passes.pair()[passes.first()[item.pass] + column];
-    const int row = is_shared ? pair - p.pairs : divide_fast(pair, p.slots);  // of x
-    const float* from = sums + 2 * tile * order.spans * slots.floats + column * kColumnStride + 4 * quad;
-    const float4 gate = add_slots(from, order.spans, slots.floats);
-    const float4 up = add_slots(from + order.spans * slots.floats, order.spans, slots.floats);
-    const float inverse = passes.inverse()[row], weight = passes.weight()[pair];
-    const float gate_scale = passes.global_scales()[item.matrix], up_scale = passes.global_scales()[item.matrix + 1];
-    auto h = [&](float w1, float w3) {
-      return swiglu(w1 * inverse * gate_scale, w3 * inverse * up_scale, p.limit) * weight;
-    };
-    const int64_t of_pair = int64_t(is_shared ? row : pair) * side.rows;
-    store_rounded(side.hidden + of_pair + item.tile * kUnitRows + 4 * quad,
-                  make_float4(h(gate.x, up.x), h(gate.y, up.y), h(gate.z, up.z), h(gate.w, up.w)));
+  if (p.alike || is_shared) {
+    const int others = is_shared ? p.routed_workers : 0;
+    const Share share(p.shared.tiles.by, blocks - others, block - others);
+    order.shared_tiles = order.tiles = share.count, order.first_shared = share.first;
+  }
+  order.shared_chunk = divide_fast(p.sum_floats, 2 * order.of_tile(true));
+  return order;
+}
+// And after it.
+__device__ inline void end_order(const Experts& p, const Passes& passes, const ExpertSide& side, GateOrder& order) {
+  const int blocks = int(gridDim.x), block = int(blockIdx.x);
+  int count = 0;
+  if (&side == &p.routed) {
+    const int all = (passes.count() - 1) * order.by.by + (p.alike ? p.shared.tiles.by : 0);
+    const Share share(all, p.alike ? blocks : p.routed_workers, block);
+    order.first_routed = share.first - order.first_shared, count = share.count - order.shared_tiles;
+  }
+  order.tiles += count, order.chunk = max(count, 1);
+  if (p.tokens > 1 && count > 0) {
+    const int last = order.at(0, order.tiles - 1).pass;
+    for (int pass = order.at(0, order.shared_tiles).pass; pass <= last; ++pass) {
+      order.columns = max(order.columns, passes.columns_of(pass));
+    }
+  }
+  if (order.before(order.tiles, 0, 0) > p.sum_floats) {
+    order.buffer_floats = p.sum_floats / 2;
+    const int most = divide_fast(order.buffer_floats, order.of_tile(false));
+    const int chunks = max(divide_fast(count + most - 1, most), 1);
+    order.chunk = max(divide_fast(count + chunks - 1, chunks), 1);  // all of about the same size
   }
 }
 
 template <Kind kind, bool kAlone>
-__device__ void gate_up(const Experts& p, const Passes& passes, const Order<false>& order) {
-  const int warp = order.worker, lane = threadIdx.x % kWarp;
-  const uint32_t shared = uint32_t(__cvta_generic_to_shared(passes.memory));
-  Worker<kind, false, kAlone> worker(passes, order, shared, warp, lane);
-  const Rows rows = {order.side.in, p.tokens, order.side.columns, order.stretches, p.layout.rows, p.layout.pitch, 0,
-                     kind, 0};
-  rows.copy(passes);  // before the weights, behind which they would wait
-  worker.start(false);
-  GateSlots& slots = *passes.at<GateSlots>(p.layout.block);
-  if (threadIdx.x == 0) slots.choose(p, passes, order);
-  __syncthreads();
-  rows.scale(passes, false);
-  __syncthreads();
+__device__ void gate_up(const Experts& p, unsigned char* memory, const ExpertSide& side) {
+  static_assert(sizeof(GateOrder) <= 64);
+  const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0);  // known to the compiler as the same for all lanes
+  const Passes passes{memory, p.layout};
+  GateOrder* orders = passes.at<GateOrder>(p.layout.orders);
+  if (threadIdx.x == kExpertThreads - 1) orders[0] = begin_order(p, side);
+  passes.find_shared<0, 2>(p);
 
+  const int stretches = side.stretches();
+  auto find = [&](int task) -> Stretch {
+    const int row = divide_fast(task, stretches), stretch = task - row * stretches;
+    return {side.in + row * side.columns + stretch * kStretch,
+            memory + p.layout.rows + row * p.layout.pitch,
+            stretch,
+            stretches,
+            kind,
+            row < p.tokens};
+  };
+  const Stretch first = find(warp);
+  uint4 piece;
+  Passes::Choice choice;
+  auto ask = [&] {
+    choice = passes.ask(p);
+    if (first.exists) piece = first.load();
+  };
+  if (!p.overlap) ask();
+  __syncthreads();
+  Worker<kind, GateOrder, kAlone> worker(passes, side, orders, warp, warp);
+  worker.start(p.overlap ? kRingUnits : 1, p.overlap);
+  wait_for_launch_before();
+  let_next_launch_start();  // not sooner: the next launch reads `chosen` without waiting
+  if (p.overlap) ask();
+  if (first.exists) first.store(piece);
+  passes.find<0, 2>(p, choice);
+  copy_rows(kExpertWarps, p.tokens * stretches, find);
+  if (p.pairs > kWarp) __syncthreads();
+  if (threadIdx.x == 0) {
+    orders[1] = orders[0];
+    end_order(p, passes, side, orders[1]);
+  }
+  __syncthreads();
+  const GateOrder& order = orders[1];
+  worker.extend(&order);
+  worker.start(kRingUnits, false);
+
+  auto slots_of = [&](int tile, int chunk, int buffer) {
+    return passes.at<float>(p.layout.sums) + order.before(tile, chunk, buffer);
+  };
   int buffer = 0;
-  for (int chunk = 0; chunk < slots.all; chunk += slots.tiles) {
-    float* sums = reinterpret_cast<float*>(passes.memory + p.layout.sums) + buffer * slots.buffer_floats;
-    const int end = min(chunk + slots.tiles, slots.all);
-    worker.multiply(2 * end, [&](int group, int span, int) {
-      return sums + ((group - 2 * chunk) * order.spans + span) * slots.floats;
+  for (int chunk = 0, end; chunk < order.tiles; chunk = end, buffer ^= 1) {
+    end = order.chunk_end(chunk);
+    const int of_slot = order.of_slot(order.is_shared(chunk));
+    worker.multiply(chunk, order.outers * of_slot, [&](const Segment& s, int tile, int column) {
+      const int w3 = s.matrix - 2 * s.pass;
+      return slots_of(tile, chunk, buffer) + (w3 * order.spans + s.span) * of_slot + column * kSumStride;
     });
+    const bool all = order.buffer_floats == 0;
+    if (all && end < order.tiles) continue;
     __syncthreads();
-    finish_gate_up(p, passes, order, slots, sums, chunk, end - chunk);
-    buffer ^= 1;
+    for (int from = all ? 0 : chunk, to; from < end; from = to) {
+      to = order.chunk_end(from);
+      finish_gate_up(p, passes, order, slots_of(from, chunk, buffer), from, to);
+    }
   }
 }
 
-template <int kKind>
+template <int kRouted, int kShared>
 __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
     experts_gate_up_kernel(const __grid_constant__ Experts p) {
   extern __shared__ __align__(128) unsigned char memory[];
   if (threadIdx.x == 0) ask_for_tables(p);
-  wait_for_launch_before();
-  let_next_launch_start();  // not sooner: the next launch reads `chosen` without waiting
-  Passes passes{memory, p.layout};
-  passes.find<0, 2>(p);
-
-  const int blocks = int(gridDim.x), routed_tiles = passes.routed * p.routed.tiles.by;
-  const int routed_blocks = divide_workers(blocks, routed_tiles, p.routed.stretch_bytes(), p.shared.tiles.by,
-                                           p.shared.stretch_bytes());
-  const bool is_shared = int(blockIdx.x) >= routed_blocks;
+  const bool is_shared = !p.alike && int(blockIdx.x) >= p.routed_workers;
   const ExpertSide& side = is_shared ? p.shared : p.routed;
-  const int block = int(blockIdx.x) - (is_shared ? routed_blocks : 0);
-  const int of = is_shared ? blocks - routed_blocks : routed_blocks, tiles = is_shared ? side.tiles.by : routed_tiles;
-  const int each = tiles / of, more = tiles - each * of, tiles_here = each + (block < more);
-  const int spans = (side.stretches() + kGateSpan - 1) / kGateSpan;
-  // The warp is known to the compiler as the same for all lanes.
-  const Order<false> order = {.side = side,
-                              .groups = 2 * tiles_here,
-                              .items = spans,
-                              .worker = int(__shfl_sync(kFullMask, threadIdx.x / kWarp, 0)),
-                              .workers = kExpertWarps,
-                              .first_stretch = 0,
-                              .stretches = side.stretches(),
-                              .span = kGateSpan,
-                              .spans = spans,
-                              .first_pass = is_shared ? passes.routed : 0,
-                              .first_tile = block * each + min(block, more)};
-  if constexpr (kKind != kAny) {
-    return gate_up<Kind(kKind), true>(p, passes, order);
+  if constexpr (kRouted != kAny) {
+    if (kRouted == kShared || !is_shared) return gate_up<Kind(kRouted), true>(p, memory, side);
+    return gate_up<Kind(kShared), true>(p, memory, side);
   } else {
     switch (side.kind) {
-      case Kind::nvfp4: return gate_up<Kind::nvfp4, false>(p, passes, order);
-      case Kind::mxfp4: return gate_up<Kind::mxfp4, false>(p, passes, order);
-      case Kind::fp8: return gate_up<Kind::fp8, false>(p, passes, order);
-      case Kind::bf16: return gate_up<Kind::bf16, false>(p, passes, order);
+      case Kind::nvfp4: return gate_up<Kind::nvfp4, false>(p, memory, side);
+      case Kind::mxfp4: return gate_up<Kind::mxfp4, false>(p, memory, side);
+      case Kind::fp8: return gate_up<Kind::fp8, false>(p, memory, side);
+      case Kind::bf16: return gate_up<Kind::bf16, false>(p, memory, side);
     }
   }
 }
@@ -178,12 +210,16 @@ struct DownBlock {
   int rank, first_tile, tiles;
   int first, stretches, shared_first, shared_stretches;  // of the routed experts' F and of the shared one's
 
+  // Slots of a tile: of each pair all stretches, then likewise of the shared expert. This is its first one for a token.
+  __device__ int shared_slot(const Experts& p, int token) const {
+    return p.pairs * stretches + token * shared_stretches;
+  }
+
   __device__ explicit DownBlock(const Experts& p) {
     const int clusters = int(gridDim.x) >> p.split_bits, cluster = int(blockIdx.x) >> p.split_bits;
     rank = int(blockIdx.x) & (p.splits() - 1);
-    const int each = p.routed.tiles.by / clusters, more = p.routed.tiles.by - each * clusters;
-    first_tile = cluster * each + min(cluster, more);
-    tiles = each + (cluster < more);
+    const Share share(p.routed.tiles.by, clusters, cluster);
+    first_tile = share.first, tiles = share.count;
     auto begin = [&](const ExpertSide& side, int of) { return (side.stretches() * of) >> p.split_bits; };
     first = begin(p.routed, rank), stretches = begin(p.routed, rank + 1) - first;
     shared_first = begin(p.shared, rank), shared_stretches = begin(p.shared, rank + 1) - shared_first;
@@ -193,20 +229,13 @@ struct DownBlock {
 // y of the tiles chunk .. + tiles - 1 of a block, whose slots are at `sums`.
 __device__ inline void finish_down(const Experts& p, const Passes& passes, const DownBlock& block, const float* sums,
                                    int chunk, int tiles, int buffer) {
-  const int all = p.pairs + p.tokens, slot_floats = all * kColumnStride, quad = threadIdx.x % kQuads;
+  const int quad = threadIdx.x % kQuads;
   auto sum_of = [&](int tile, int token) {
-    const float* of_tile = sums + tile * p.spans * slot_floats + 4 * quad;
-    float4 sum = {};
-    auto add = [&](int pair, int stretches) {
-      const float4 v = add_slots(of_tile + passes.place()[pair] * kColumnStride, stretches, slot_floats);
-      const float factor = passes.inverse()[pair];
-      sum.x = fmaf(v.x, factor, sum.x), sum.y = fmaf(v.y, factor, sum.y);
-      sum.z = fmaf(v.z, factor, sum.z), sum.w = fmaf(v.w, factor, sum.w);
-    };
-#pragma unroll 2
-    for (int slot = 0; slot < p.slots; ++slot) add(token * p.slots + slot, block.stretches);
-    add(p.pairs + token, block.shared_stretches);
-    return sum;
+    const float* from = sums + tile * p.slot_floats + 4 * quad;
+    const int of_token = p.slots * block.stretches;
+    const float4 a = add_slots(from + token * of_token * kSumStride, of_token, kSumStride);
+    const float4 b = add_slots(from + block.shared_slot(p, token) * kSumStride, block.shared_stretches, kSumStride);
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
   };
   auto each_output = [&](int count, auto&& do_this) {
     for (int i = threadIdx.x / kQuads; i < count * p.tokens; i += kExpertThreads / kQuads) {
@@ -218,113 +247,115 @@ __device__ inline void finish_down(const Experts& p, const Passes& passes, const
     const int row = (block.first_tile + chunk + tile) * kUnitRows + 4 * quad;
     store_rounded(p.out + int64_t(token) * p.routed.rows + row, sum);
   };
-  if (p.split_bits == 0) {
-    each_output(tiles, [&](int tile, int token) { store(tile, token, sum_of(tile, token)); });
-    return;
-  }
   // Tile i of the chunk is finished by block i % splits, which waits for the sums of all blocks.
   const uint32_t shared = uint32_t(__cvta_generic_to_shared(passes.memory));
   const uint32_t barrier = shared + kExpertRingBytes + 8 * kExpertWarps * kRingUnits;
   const int splits = p.splits(), mask = splits - 1, own = (tiles - block.rank + mask) >> p.split_bits;
   const int of_rank = ((p.chunk_tiles + mask) >> p.split_bits) * p.tokens * kUnitRows;  // floats
   const int exchange = p.exchange + buffer * splits * of_rank * 4;
-  if (threadIdx.x == 0 && own > 0) expect_bytes(barrier, splits * own * p.tokens * kUnitRows * 4);
+  if (threadIdx.x == 0 && splits > 1 && own > 0) expect_bytes(barrier, splits * own * p.tokens * kUnitRows * 4);
   cluster_wait();  // until barriers are made, and the sums of the chunk before have been read
   each_output(tiles, [&](int tile, int token) {
     const int place = ((tile >> p.split_bits) * p.tokens + token) * kUnitRows + 4 * quad;
-    store_remote_counted(shared + exchange + 4 * (block.rank * of_rank + place), barrier, tile & mask,
-                         sum_of(tile, token));
+    const float4 sum = sum_of(tile, token);
+    if (splits == 1) {  // only between blocks are there stores that a barrier counts
+      store(tile, token, sum);
+    } else {
+      store_remote_counted(shared + exchange + 4 * (block.rank * of_rank + place), barrier, tile & mask, sum);
+    }
   });
-  if (own > 0) wait_barrier(barrier, buffer);
-  each_output(own, [&](int tile, int token) {
-    const int place = (tile * p.tokens + token) * kUnitRows + 4 * quad;
-    const float* from = reinterpret_cast<const float*>(passes.memory + exchange) + place;
-    store((tile << p.split_bits) + block.rank, token, add_slots(from, splits, of_rank));
-  });
+  if (splits > 1) {
+    if (own > 0) wait_barrier(barrier, buffer);
+    each_output(own, [&](int tile, int token) {
+      const int place = (tile * p.tokens + token) * kUnitRows + 4 * quad;
+      const float* from = reinterpret_cast<const float*>(passes.memory + exchange) + place;
+      store((tile << p.split_bits) + block.rank, token, add_slots(from, splits, of_rank));
+    });
+  }
   cluster_arrive_relaxed();
 }
 
-template <Kind kind, bool kAlone>
-__device__ void down(const Experts& p, const Passes& passes, const DownBlock& block, const Order<true>& order,
-                     int warp) {
-  const uint32_t shared = uint32_t(__cvta_generic_to_shared(passes.memory));
-  Worker<kind, true, kAlone> worker(passes, order, shared, warp, threadIdx.x % kWarp);
-  worker.start(p.overlap);
+template <int kRouted, int kShared, Kind kind>
+__device__ void down(const Experts& p, const Passes& passes, const ExpertSide& side, const DownBlock& block,
+                     const DownOrder& order, int number, int warp) {
+  Worker<kind, DownOrder, kRouted != kAny> worker(passes, side, &order, number, warp);
+  worker.start(kRingUnits, p.overlap);
   wait_for_launch_before();
-  const Rows rows = {p.routed.in + block.first * kStretch, p.pairs, p.routed.columns, block.stretches, p.layout.rows,
-                     p.layout.pitch, 0, p.routed.kind, 0};
-  const Rows shared_rows = {p.shared.in + block.shared_first * kStretch, p.tokens, p.shared.columns,
-                            block.shared_stretches, p.layout.shared_rows, p.layout.shared_pitch, p.pairs,
-                            p.shared.kind, rows.tasks() % kExpertWarps};
-  rows.copy(passes);
-  shared_rows.copy(passes);
-  sync_block();
-  rows.scale(passes, true);
-  shared_rows.scale(passes, true);
+  // Rows of h, those of the shared expert last, in as many stretches as the longer ones have here.
+  copy_rows(0, (p.pairs + p.tokens) * p.spans, [&](int task) -> Stretch {
+    const int row = divide_fast(task, p.spans), stretch = task - row * p.spans;
+    const bool is_shared = row >= p.pairs;
+    const ExpertSide& side = is_shared ? p.shared : p.routed;
+    const int of_side = is_shared ? row - p.pairs : row, of = is_shared ? block.shared_stretches : block.stretches;
+    return {side.in + of_side * side.columns + ((is_shared ? block.shared_first : block.first) + stretch) * kStretch,
+            passes.memory + (is_shared ? p.layout.shared_rows + of_side * p.layout.shared_pitch
+                                       : p.layout.rows + of_side * p.layout.pitch),
+            stretch,
+            of,
+            kRouted == kAny ? side.kind : Kind(is_shared ? kShared : kRouted),
+            row < p.pairs + p.tokens && stretch < of};
+  });
   sync_block();
 
-  const int slot_floats = (p.pairs + p.tokens) * kColumnStride, buffer_floats = p.chunk_tiles * p.spans * slot_floats;
   int buffer = 0;
-  for (int chunk = 0; chunk < block.tiles; chunk += p.chunk_tiles) {
-    float* sums = reinterpret_cast<float*>(passes.memory + p.layout.sums) + buffer * buffer_floats;
-    const int end = min(chunk + p.chunk_tiles, block.tiles);
-    worker.multiply(min(end, order.groups), [&](int group, int span, int column) {
-      return sums + ((group - chunk) * p.spans + span) * slot_floats + column * kColumnStride;
-    });
+  for (int chunk = 0; chunk < block.tiles; chunk += p.chunk_tiles, buffer ^= 1) {
+    float* sums = reinterpret_cast<float*>(passes.memory + p.layout.sums) + buffer * p.chunk_tiles * p.slot_floats;
+    if (order.tiles > 0) {
+      worker.multiply(chunk, p.slot_floats, [&](const Segment& s, int, int column) {
+        const int pair = passes.pair()[passes.first()[s.pass] + column];
+        const int slot = pair < p.pairs ? pair * block.stretches : block.shared_slot(p, pair - p.pairs);
+        return sums + (s.tile - block.first_tile - chunk) * p.slot_floats + (slot + s.span) * kSumStride;
+      });
+    }
     sync_block();
-    finish_down(p, passes, block, sums, chunk, end - chunk, buffer);
-    buffer ^= 1;
+    finish_down(p, passes, block, sums, chunk, min(p.chunk_tiles, block.tiles - chunk), buffer);
   }
-  if (p.split_bits > 0) cluster_wait();
+  cluster_wait();
 }
 
-template <int kKind>
+template <int kRouted, int kShared>
 __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
     experts_down_kernel(const __grid_constant__ Experts p) {
   extern __shared__ __align__(128) unsigned char memory[];
   let_next_launch_start();
-  Passes passes{memory, p.layout};
-  if (p.split_bits > 0) {
-    if (threadIdx.x == 0) {
-      make_barrier(uint32_t(__cvta_generic_to_shared(memory)) + kExpertRingBytes + 8 * kExpertWarps * kRingUnits, 1);
-      publish_barriers();
-    }
-    cluster_arrive_relaxed();
+  const Passes passes{memory, p.layout};
+  if (threadIdx.x == 0) {
+    make_barrier(uint32_t(__cvta_generic_to_shared(memory)) + kExpertRingBytes + 8 * kExpertWarps * kRingUnits, 1);
+    publish_barriers();
   }
-  passes.find<2, 1>(p);
+  cluster_arrive_relaxed();
+  const Passes::Choice choice = passes.ask(p);
+  passes.find_shared<2, 1>(p);
+  passes.find<2, 1>(p, choice);
+  __syncthreads();
 
   // A warp has weights of one kind. Its number is known to the compiler as the same for all lanes.
   const DownBlock block(p);
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0);
-  int routed_warps = kExpertWarps;
-  if (!p.one_list) {
-    routed_warps = divide_workers(kExpertWarps, block.tiles * passes.routed * block.stretches, p.routed.stretch_bytes(),
-                                  block.tiles * block.shared_stretches, p.shared.stretch_bytes());
-  }
+  const int routed_warps = p.alike ? kExpertWarps : p.routed_workers;
   const bool is_shared = warp >= routed_warps;
   const ExpertSide& side = is_shared ? p.shared : p.routed;
-  const int stretches = is_shared ? block.shared_stretches : block.stretches;
-  const int of_side = is_shared ? 1 : passes.routed + p.one_list;
-  const Order<true> order = {.side = side,
-                             .groups = stretches > 0 ? block.tiles : 0,
-                             .items = of_side * stretches,
-                             .worker = warp - (is_shared ? routed_warps : 0),
-                             .workers = is_shared ? kExpertWarps - routed_warps : routed_warps,
-                             .first_stretch = is_shared ? block.shared_first : block.first,
-                             .stretches = stretches,
-                             .span = 1,
-                             .spans = stretches,
-                             .first_pass = is_shared ? passes.routed : 0,
-                             .first_tile = block.first_tile,
-                             .by = Divisor(max(stretches, 1))};
-  if constexpr (kKind != kAny) {
-    return down<Kind(kKind), true>(p, passes, block, order, warp);
+  DownOrder order;
+  order.stretches = is_shared ? block.shared_stretches : block.stretches;
+  order.first_stretch = is_shared ? block.shared_first : block.first;
+  order.by = Divisor(max(order.stretches, 1));
+  order.first_pass = p.alike || is_shared ? 0 : 1;
+  order.outers = (is_shared ? 1 : passes.count() - order.first_pass) * order.stretches;
+  const int worker = warp - (is_shared ? routed_warps : 0);
+  order.workers = is_shared ? kExpertWarps - routed_warps : routed_warps;
+  order.first_tile = block.first_tile;
+  order.tiles = order.stretches > 0 ? block.tiles : 0, order.chunk = p.chunk_tiles;
+  if constexpr (kRouted != kAny) {
+    if (kRouted == kShared || !is_shared) {
+      return down<kRouted, kShared, Kind(kRouted)>(p, passes, side, block, order, worker, warp);
+    }
+    return down<kRouted, kShared, Kind(kShared)>(p, passes, side, block, order, worker, warp);
   } else {
     switch (side.kind) {
-      case Kind::nvfp4: return down<Kind::nvfp4, false>(p, passes, block, order, warp);
-      case Kind::mxfp4: return down<Kind::mxfp4, false>(p, passes, block, order, warp);
-      case Kind::fp8: return down<Kind::fp8, false>(p, passes, block, order, warp);
-      case Kind::bf16: return down<Kind::bf16, false>(p, passes, block, order, warp);
+      case Kind::nvfp4: return down<kAny, kAny, Kind::nvfp4>(p, passes, side, block, order, worker, warp);
+      case Kind::mxfp4: return down<kAny, kAny, Kind::mxfp4>(p, passes, side, block, order, worker, warp);
+      case Kind::fp8: return down<kAny, kAny, Kind::fp8>(p, passes, side, block, order, worker, warp);
+      case Kind::bf16: return down<kAny, kAny, Kind::bf16>(p, passes, side, block, order, worker, warp);
     }
   }
 }
@@ -346,9 +377,9 @@ struct Device {
   int clusters[kMaxSplitBits + 1];
   cudaError_t error;
 
-  Device() : error(prepare<experts_down_kernel<kAny>>()) {
+  Device() : error(prepare<experts_down_kernel<kAny, kAny>>()) {
     if (error != cudaSuccess) return;
-    error = count_clusters(experts_down_kernel<kAny>, kExpertThreads, kMaxExpertShared, clusters);
+    error = count_clusters(experts_down_kernel<kAny, kAny>, kExpertThreads, kMaxExpertShared, clusters);
   }
 };
 
@@ -357,18 +388,33 @@ const Device& device() {
   return found;
 }
 
-// `start(constant)` of the format of all experts if there are kernels for it alone, or of kAny.
+// `start(constant, constant)` of the formats of the routed experts and the shared one if there are kernels for them, or
+// of kAny.
 template <class Start>
 cudaError_t for_kinds(const Experts& p, const Start& start) {
-  if (p.routed.kind == p.shared.kind) {
-    switch (p.routed.kind) {
-      case Kind::nvfp4: return start(KindConstant<int(Kind::nvfp4)>());
-      case Kind::mxfp4: return start(KindConstant<int(Kind::mxfp4)>());
-      case Kind::fp8: return start(KindConstant<int(Kind::fp8)>());
-      case Kind::bf16: break;
-    }
+  constexpr KindConstant<int(Kind::nvfp4)> kNvfp4;
+  constexpr KindConstant<int(Kind::mxfp4)> kMxfp4;
+  constexpr KindConstant<int(Kind::fp8)> kFp8;
+  if (p.routed.kind == Kind::nvfp4 && p.alike) return start(kNvfp4, kNvfp4);
+  if (p.routed.kind == Kind::nvfp4 && p.shared.kind == Kind::fp8) return start(kNvfp4, kFp8);
+  if (p.routed.kind == Kind::mxfp4 && p.shared.kind == Kind::fp8) return start(kMxfp4, kFp8);
+  return start(KindConstant<kAny>(), KindConstant<kAny>());
+}
+
+// Of so many workers those of the routed experts, so that the others, the shared expert's, end as early as can be.
+// `chunks` of bytes that a worker takes of each kind.
+int divide_workers(const Experts& p, int workers, double routed_chunks, double shared_chunks) {
+  const double left_out = 1.0 - double(p.slots) / p.experts;  // how likely a token is not to choose an expert
+  const double passes = left_out > 0 ? p.experts * (1.0 - std::pow(left_out, p.tokens)) : p.experts;
+  const double routed = passes * routed_chunks;
+  int best = 1;
+  double least = INFINITY;
+  for (int n = 1; n < workers; ++n) {
+    const double slowest = std::fmax(std::ceil(routed / n) * p.routed.stretch_bytes(),
+                                     std::ceil(shared_chunks / (workers - n)) * p.shared.stretch_bytes());
+    if (slowest < least) least = slowest, best = n;
   }
-  return start(KindConstant<kAny>());
+  return best;
 }
 
 // `launch_part(part)` for the tokens of p, as many at a time as `fits(tokens)`.
@@ -402,10 +448,10 @@ cudaError_t for_parts(const Experts& p, const Fits& fits, const LaunchPart& laun
 // there are more tiles. False if those of one do not fit.
 bool choose_slots(Experts& p, int& total) {
   constexpr int kEnoughTiles = 4;
-  const int stretches = p.routed.stretches(), spans = int(ceil_div(stretches, kGateSpan));
+  const int stretches = p.routed.stretches(), spans = int(ceil_div(stretches, GateOrder::kSpan));
   p.layout = ExpertLayout(p.tokens, p.pairs, 2, p.tokens, stretches, 0, stretches);
-  p.layout.shared_rows = p.layout.rows;  // a block has those of one side
-  const int least = 2 * 2 * spans * p.tokens * kColumnStride * 4;
+  p.layout.shared_rows = p.layout.rows;  // a block has those of one of them, or both have the same
+  const int least = 2 * 2 * spans * p.tokens * kSumStride * 4;
   total = p.layout.sums + kEnoughTiles * least <= kGateShared ? kGateShared : kMaxExpertShared;
   p.sum_floats = (total - p.layout.sums) / 4;
   return p.layout.sums + least <= total;
@@ -421,10 +467,11 @@ cudaError_t start_gate_up(const Experts& p, bool overlap, cudaStream_t stream) {
   };
   return for_parts(p, fits, [&](Experts part) {
     choose_slots(part, total);
+    part.routed_workers = divide_workers(part, device().clusters[0], part.routed.tiles.by, part.shared.tiles.by);
     Grid grid{.blocks = device().clusters[0], .threads = kExpertThreads, .shared = size_t(total)};
     grid.overlap = part.overlap = overlap;
-    return for_kinds(part, [&](auto kind) {
-      constexpr auto kernel = experts_gate_up_kernel<decltype(kind)::value>;
+    return for_kinds(part, [&](auto routed, auto shared) {
+      constexpr auto kernel = experts_gate_up_kernel<decltype(routed)::value, decltype(shared)::value>;
       const cudaError_t error = prepare<kernel>();
       return error == cudaSuccess ? launch(kernel, grid, stream, part) : error;
     });
@@ -437,10 +484,11 @@ bool choose_chunk(Experts& p, int most_tiles, int& total) {
   const int routed = most(p.routed), shared = most(p.shared);
   p.layout = ExpertLayout(p.tokens, p.pairs, 1, p.pairs, routed, p.tokens, shared);
   p.spans = routed > shared ? routed : shared;
-  const int tile_bytes = p.spans * (p.pairs + p.tokens) * kColumnStride * 4;
+  p.slot_floats = p.spans * (p.pairs + p.tokens) * kSumStride;
+  const int tile_bytes = 4 * p.slot_floats;
   auto bytes_of = [&](int tiles, int buffers) {
     const int own = (tiles + p.splits() - 1) >> p.split_bits;
-    const int exchange = p.split_bits > 0 ? p.splits() * own * p.tokens * kUnitRows * 4 : 0;
+    const int exchange = p.splits() > 1 ? p.splits() * own * p.tokens * kUnitRows * 4 : 0;
     p.chunk_tiles = tiles;
     p.exchange = p.layout.sums + buffers * tiles * tile_bytes;
     return p.exchange + buffers * exchange;
@@ -475,11 +523,14 @@ cudaError_t start_down(Experts p, bool overlap, cudaStream_t stream) {
   };
   return for_parts(p, fits, [&](Experts part) {
     choose_chunk(part, most_tiles, total);
+    const double stretches_of_tile = double(most_tiles) / part.splits();
+    part.routed_workers = divide_workers(part, kExpertWarps, stretches_of_tile * part.routed.stretches(),
+                                         stretches_of_tile * part.shared.stretches());
     Grid grid{.blocks = int64_t(used) << p.split_bits, .threads = kExpertThreads, .shared = size_t(total)};
     grid.cluster = p.splits();
     grid.overlap = part.overlap = overlap;
-    return for_kinds(part, [&](auto kind) {
-      constexpr auto kernel = experts_down_kernel<decltype(kind)::value>;
+    return for_kinds(part, [&](auto routed, auto shared) {
+      constexpr auto kernel = experts_down_kernel<decltype(routed)::value, decltype(shared)::value>;
       const cudaError_t error = prepare<kernel>();
       return error == cudaSuccess ? launch(kernel, grid, stream, part) : error;
     });
@@ -488,8 +539,10 @@ cudaError_t start_down(Experts p, bool overlap, cudaStream_t stream) {
 
 ExpertSide side_of(const int64_t* addresses, const float* global_scales, int64_t kind, bool e8m0, int64_t rows,
                    int64_t columns) {
-  return {addresses, global_scales, nullptr, nullptr, Kind(kind), e8m0, int(rows), int(columns),
-          Divisor(int(rows) / kUnitRows)};
+  ExpertSide side = {addresses, global_scales, nullptr, nullptr, Kind(kind), e8m0, int(rows), int(columns),
+                     Divisor(int(rows) / kUnitRows)};
+  side.tile_bytes = side.stretches() * side.stretch_bytes();
+  return side;
 }
 
 bool can_take(const Experts& p) {
@@ -497,8 +550,8 @@ bool can_take(const Experts& p) {
     return s.rows % kUnitRows == 0 && s.columns % kStretch == 0 && s.rows > 0 && s.columns > 0 && int(s.kind) >= 0 &&
            s.kind <= Kind::bf16 && uintptr_t(s.in) % 16 == 0;
   };
-  return p.tokens >= 1 && p.tokens <= kMaxExpertTokens && p.slots >= 1 && p.pairs <= kMaxPairs && fits(p.routed) &&
-         fits(p.shared);
+  return p.experts >= 1 && p.tokens >= 1 && p.tokens <= kMaxExpertTokens && p.slots >= 1 && p.pairs <= kMaxPairs &&
+         fits(p.routed) && fits(p.shared);
 }
 
 }  // namespace
@@ -520,17 +573,18 @@ cudaError_t experts_gate_up(In x, In shared_x, const float* routing, const int64
                side_of(shared_addresses, shared_global_scales, shared_kind, shared_e8m0, shared_inner, width)};
   p.routed.in = static_cast<const bf16*>(x.data), p.routed.hidden = static_cast<bf16*>(hidden.data);
   p.shared.in = static_cast<const bf16*>(shared_x.data), p.shared.hidden = static_cast<bf16*>(shared_hidden.data);
-  p.chosen = chosen, p.routing = routing, p.limit = float(limit), p.experts = int(experts);
-  p.tokens = int(tokens), p.slots = int(slots), p.pairs = int(tokens * slots);
+  p.chosen = chosen, p.routing = routing, p.limit = float(limit);
+  p.experts = int(experts), p.tokens = int(tokens), p.slots = int(slots), p.pairs = int(tokens * slots);
+  p.alike = p.routed.kind == p.shared.kind && p.routed.e8m0 == p.shared.e8m0 && p.routed.in == p.shared.in;
   return can_take(p) ? start_gate_up(p, overlap, stream) : cudaErrorInvalidValue;
 }
 
 // out [T, width]; the rest as above.
 cudaError_t experts_down(In hidden, In shared_hidden, const int64_t* chosen, const int64_t* addresses,
                          const float* global_scales, const int64_t* shared_addresses,
-                         const float* shared_global_scales, Out out, int64_t tokens, int64_t slots, int64_t width,
-                         int64_t inner, int64_t shared_inner, int64_t kind, bool e8m0, int64_t shared_kind,
-                         bool shared_e8m0, bool overlap, cudaStream_t stream) {
+                         const float* shared_global_scales, Out out, int64_t experts, int64_t tokens, int64_t slots,
+                         int64_t width, int64_t inner, int64_t shared_inner, int64_t kind, bool e8m0,
+                         int64_t shared_kind, bool shared_e8m0, bool overlap, cudaStream_t stream) {
   for (Type type : {hidden.type, shared_hidden.type, out.type}) {
     if (type != Type::bf16) return cudaErrorInvalidValue;
   }
@@ -538,8 +592,8 @@ cudaError_t experts_down(In hidden, In shared_hidden, const int64_t* chosen, con
                side_of(shared_addresses, shared_global_scales, shared_kind, shared_e8m0, width, shared_inner)};
   p.routed.in = static_cast<const bf16*>(hidden.data), p.shared.in = static_cast<const bf16*>(shared_hidden.data);
   p.chosen = chosen, p.out = static_cast<bf16*>(out.data);
-  p.tokens = int(tokens), p.slots = int(slots), p.pairs = int(tokens * slots);
-  p.one_list = p.routed.kind == p.shared.kind && p.routed.e8m0 == p.shared.e8m0 && inner == shared_inner;
+  p.experts = int(experts), p.tokens = int(tokens), p.slots = int(slots), p.pairs = int(tokens * slots);
+  p.alike = p.routed.kind == p.shared.kind && p.routed.e8m0 == p.shared.e8m0 && inner == shared_inner;
   return can_take(p) ? start_down(p, overlap, stream) : cudaErrorInvalidValue;
 }
 

@@ -163,7 +163,7 @@ def test_f32_inputs(kinds: tuple[str, str], cuda_normal: Normal) -> None:
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
-@pytest.mark.parametrize("sizes", [FLASH, TINY], ids=lambda sizes: sizes.name)
+@pytest.mark.parametrize("sizes", MODELS, ids=lambda sizes: sizes.name)
 def test_bits(sizes: Sizes, kinds: tuple[str, str], cuda_normal: Normal) -> None:
     """The same call, its graph, and each token beside any others, give the same bits."""
     layer = bank(sizes, *kinds, cuda_normal)

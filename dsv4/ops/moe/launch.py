@@ -36,10 +36,10 @@ def run_few(
         count, who = part.stop - first, chosen[part]
         inputs = [_round_input(x[part], side, 0, activations) for side in sides]
         h, shared_h = hidden[: count * slots], shared_hidden[:count]
-        told = (routed.count, count, slots, *sizes, *forms[0])
-        _C.experts_gate_up(*inputs, routing[part], who, *tables, h, shared_h, *told, limit, True)
+        told = (routed.count, count, slots, *sizes)
+        _C.experts_gate_up(*inputs, routing[part], who, *tables, h, shared_h, *told, *forms[0], limit, True)
         h, shared_h = (_round_input(t, side, 2, activations) for t, side in ((h, routed), (shared_h, shared)))
-        _C.experts_down(h, shared_h, who, *tables, out[part], count, slots, *sizes, *forms[1], True)
+        _C.experts_down(h, shared_h, who, *tables, out[part], *told, *forms[1], True)
     return out
 
 
