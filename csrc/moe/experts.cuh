@@ -116,7 +116,8 @@ struct Experts {
   int routed_workers;        // otherwise: blocks (gate_up) or warps of a block (down) for the routed experts
   int split_bits;            // down: 2^split_bits blocks of a cluster divide F
   bool overlap;
-  int chunk_tiles, spans;    // down: tiles that have slots at once, and of each at most so many for a pair
+  int span, spans;           // gate_up: stretches that are added up in registers, and such spans of a row
+  int chunk_tiles, longest;  // down: tiles that have slots at once, and the most stretches that a block has of a row
   int slot_floats;           // down: of a tile's
   int exchange;              // down: where in shared memory
   ExpertLayout layout;
@@ -287,7 +288,7 @@ struct Segment {
 // The orders of items, of a block or of some of its warps. An outer index and then a tile name an item; outer is of
 // gate_up a span of w1 or then of w3, of down a span of a pass.
 struct DownOrder {
-  static constexpr int kSpan = 1;  // stretches that are added up in registers
+  static constexpr int span = 1;   // stretches that are added up in registers
   int workers;                     // warps that share the items
   int first_stretch, stretches;    // of the block
   int outers, tiles, chunk;        // tiles of the block, and those that have slots at once
@@ -302,9 +303,8 @@ struct DownOrder {
   }
 };
 struct GateOrder {
-  static constexpr int kSpan = 2;
-  int workers, first_stretch, stretches;
-  int spans, outers;
+  static constexpr int workers = kExpertWarps, first_stretch = 0;
+  int stretches, span, spans, outers;
   int tiles, chunk;
   int shared_tiles, first_shared, shared_chunk;  // the block's first tiles are the shared expert's
   int first_routed;                              // tile of all passes of routed experts, one after another
@@ -394,20 +394,15 @@ class Worker {
       auto row_of = [&](int column) {
         return shared_memory() + passes_.row_at()[first + min(column, columns - 1)];
       };
-      const int from = s.span * kSpan, units = units_of(s.span);
+      const int from = s.span * order_->span, units = units_of(s.span);
       const uint32_t row = row_of(g) + from * kStretchBytes + 16 * t;
-      // What the sums of columns 2 t and 2 t + 1 are multiplied by.
-      float factor[kSpan][2];
+      // Of columns 2 t and 2 t + 1: where the factors of their rows are and where their sums go.
+      uint32_t factors[2];
       float* to[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
+        factors[c] = row_of(2 * t + c) + factors_at(order_->stretches) + 4 * from;
         to[c] = slot(s, tile, min(2 * t + c, columns - 1)) + g;
-        const float scale = passes_.global_scales()[s.matrix];
-        const uint32_t factors = row_of(2 * t + c) + factors_at(order_->stretches) + 4 * from;
-#pragma unroll
-        for (int i = 0; i < kSpan; ++i) {
-          factor[i][c] = scale * (is_half(kind) ? read_shared_float(factors + 4 * i) : unit_factor(kind));
-        }
       }
 #pragma unroll 1
       for (int i = 0; i < s.count; ++i) {
@@ -422,6 +417,11 @@ class Worker {
             scale = read_block_scale(reinterpret_cast<const void*>(passes_.scales()[s.matrix]), side_.e8m0,
                                      of_tile + block);
           }
+          float by[2] = {1.0f, 1.0f};
+          if constexpr (is_half(kind)) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) by[c] = read_shared_float(factors[c] + 4 * (unit / kUnits));
+          }
           float chain[kChains][4] = {};
           ring_.take([&] { return next(); }, [&](int half, const uint32_t(&a)[kSteps][4]) {
             uint32_t x[kSteps][2];
@@ -432,26 +432,27 @@ class Worker {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const float of_unit = kChains == 2 ? chain[0][e] + chain[kChains - 1][e] : chain[0][e];
-            const float by = unit < kUnits ? factor[0][e % 2] : factor[kSpan - 1][e % 2];
-            sum[e] = fmaf(of_unit, kind == Kind::fp8 ? by * scale : by, sum[e]);
+            sum[e] = fmaf(of_unit, kind == Kind::fp8 ? by[e % 2] * scale : by[e % 2], sum[e]);
           }
         }
+        const float global_scale = passes_.global_scales()[s.matrix] * (is_half(kind) ? 1.0f : unit_factor(kind));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          if (2 * t + e % 2 < columns) to[e % 2][i * of_tile + 8 * (e / 2)] = sum[e];
+          if (2 * t + e % 2 < columns) to[e % 2][i * of_tile + 8 * (e / 2)] = sum[e] * global_scale;
         }
       }
     }
   }
 
  private:
-  static constexpr int kSpan = Order::kSpan;
   static constexpr int kUnits = kStretch / unit_columns(kind);  // of a stretch
   static constexpr int kChains = kind == Kind::fp8 ? 1 : 2;     // of dependent MMAs
 
   __device__ static int lane() { return threadIdx.x % kWarp; }
   __device__ uint32_t shared_memory() const { return uint32_t(__cvta_generic_to_shared(passes_.memory)); }
-  __device__ int units_of(int span) const { return min(kSpan, order_->stretches - span * kSpan) * kUnits; }
+  __device__ int units_of(int span) const {
+    return min(order_->span, order_->stretches - span * order_->span) * kUnits;
+  }
 
   // Where the next item's units lie.
   __device__ void next_item() {
@@ -467,7 +468,7 @@ class Worker {
       const Segment s = ahead_.take(*order_);
       same_ = s.count - 1;
       units_ = units_of(s.span);
-      const int unit = (order_->first_stretch + s.span * kSpan) * kUnits;
+      const int unit = (order_->first_stretch + s.span * order_->span) * kUnits;
       at_ = reinterpret_cast<const uint8_t*>(passes_.data()[s.matrix]);
       at_ += int64_t(s.tile) * side_.tile_bytes + unit * step();
       if constexpr (!is_packed(kind)) {

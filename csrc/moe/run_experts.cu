@@ -81,8 +81,7 @@ __device__ inline void finish_gate_up(const Experts& p, const Passes& passes, co
 __device__ inline GateOrder begin_order(const Experts& p, const ExpertSide& side) {
   const int blocks = int(gridDim.x), block = int(blockIdx.x);
   GateOrder order = {};
-  order.workers = kExpertWarps, order.stretches = side.stretches();
-  order.spans = (order.stretches + GateOrder::kSpan - 1) / GateOrder::kSpan, order.outers = 2 * order.spans;
+  order.stretches = side.stretches(), order.span = p.span, order.spans = p.spans, order.outers = 2 * p.spans;
   order.by = p.routed.tiles;
   order.columns = 1, order.shared_columns = p.tokens;
   const bool is_shared = &side == &p.shared;
@@ -282,8 +281,8 @@ __device__ void down(const Experts& p, const Passes& passes, const ExpertSide& s
   worker.start(kRingUnits, p.overlap);
   wait_for_launch_before();
   // Rows of h, those of the shared expert last, in as many stretches as the longer ones have here.
-  copy_rows(0, (p.pairs + p.tokens) * p.spans, [&](int task) -> Stretch {
-    const int row = divide_fast(task, p.spans), stretch = task - row * p.spans;
+  copy_rows(0, (p.pairs + p.tokens) * p.longest, [&](int task) -> Stretch {
+    const int row = divide_fast(task, p.longest), stretch = task - row * p.longest;
     const bool is_shared = row >= p.pairs;
     const ExpertSide& side = is_shared ? p.shared : p.routed;
     const int of_side = is_shared ? row - p.pairs : row, of = is_shared ? block.shared_stretches : block.stretches;
@@ -444,21 +443,28 @@ cudaError_t for_parts(const Experts& p, const Fits& fits, const LaunchPart& laun
   return cudaSuccess;
 }
 
+// Spans of gate_up: a tile has as many as there are warps, or fewer.
+void choose_span(Experts& p) {
+  for (p.span = 1; 2 * ceil_div(p.routed.stretches(), p.span) > kExpertWarps; p.span *= 2) {}
+  p.spans = int(ceil_div(p.routed.stretches(), p.span));
+}
+
 // Shared memory of gate_up: two buffers of slots for some tiles whose passes have all tokens; where passes have fewer,
 // there are more tiles. False if those of one do not fit.
 bool choose_slots(Experts& p, int& total) {
   constexpr int kEnoughTiles = 4;
-  const int stretches = p.routed.stretches(), spans = int(ceil_div(stretches, GateOrder::kSpan));
+  const int stretches = p.routed.stretches();
   p.layout = ExpertLayout(p.tokens, p.pairs, 2, p.tokens, stretches, 0, stretches);
   p.layout.shared_rows = p.layout.rows;  // a block has those of one of them, or both have the same
-  const int least = 2 * 2 * spans * p.tokens * kSumStride * 4;
+  const int least = 2 * 2 * p.spans * p.tokens * kSumStride * 4;
   total = p.layout.sums + kEnoughTiles * least <= kGateShared ? kGateShared : kMaxExpertShared;
   p.sum_floats = (total - p.layout.sums) / 4;
   return p.layout.sums + least <= total;
 }
 
-cudaError_t start_gate_up(const Experts& p, bool overlap, cudaStream_t stream) {
+cudaError_t start_gate_up(Experts p, bool overlap, cudaStream_t stream) {
   if (device().error != cudaSuccess) return device().error;
+  choose_span(p);
   int total = 0;
   auto fits = [&](int tokens) {
     Experts part = p;
@@ -483,8 +489,8 @@ bool choose_chunk(Experts& p, int most_tiles, int& total) {
   auto most = [&](const ExpertSide& side) { return (side.stretches() + p.splits() - 1) >> p.split_bits; };
   const int routed = most(p.routed), shared = most(p.shared);
   p.layout = ExpertLayout(p.tokens, p.pairs, 1, p.pairs, routed, p.tokens, shared);
-  p.spans = routed > shared ? routed : shared;
-  p.slot_floats = p.spans * (p.pairs + p.tokens) * kSumStride;
+  p.longest = routed > shared ? routed : shared;
+  p.slot_floats = p.longest * (p.pairs + p.tokens) * kSumStride;
   const int tile_bytes = 4 * p.slot_floats;
   auto bytes_of = [&](int tiles, int buffers) {
     const int own = (tiles + p.splits() - 1) >> p.split_bits;
