@@ -29,6 +29,7 @@ constexpr int kStretchBytes = 2 * kStretch;  // of a row in shared memory
 constexpr int kMaxExpertTokens = 8, kMaxPairs = 128;
 constexpr int kColumns = 8;         // of a pass
 constexpr int kMatrices = 3;        // of an expert, in tables: w1, w3, w2
+constexpr int kOrderBytes = 64;     // of a GateOrder
 constexpr int kExpertRingBytes = kExpertWarps * kRingUnits * kUnitShared;
 constexpr int kExpertBarriers = kExpertWarps * kRingUnits + 2;  // the rings', then that of a cluster's exchange
 // Dynamic shared memory: what a block may have, and what leaves as much for one of another launch.
@@ -51,7 +52,7 @@ struct Divisor {
 __host__ __device__ constexpr int factors_at(int stretches) { return stretches * kStretchBytes; }
 __host__ __device__ constexpr int row_pitch(int stretches) {
   const int columns = token_pitch(stretches * kStretch), needed = factors_at(stretches) + 4 * stretches;
-  return columns + (needed > columns ? (needed - columns + 127) / 128 * 128 : 0);  // shares banks with as few as before
+  return columns + (needed > columns ? (needed - columns + 127) / 128 * 128 : 0);  // whole lines: banks as before
 }
 
 // Experts of one kind and shape: the routed ones, or the shared one.
@@ -93,7 +94,7 @@ struct ExpertLayout {
     for (int* list : {&routing, &expert, &begins, &pair, &row_at}) *list = take(4 * all);
     first = take(4 * (passes + 1));
     count = take(4);
-    orders = take(2 * 64);  // gate_up
+    orders = take(2 * kOrderBytes);  // gate_up
     at = int(ceil_div(at, 128)) * 128;
     pitch = row_pitch(stretches);
     shared_pitch = row_pitch(shared_stretches);
@@ -113,7 +114,7 @@ struct Experts {
   int tokens, slots, pairs;  // pairs = tokens x slots
   int sum_floats;            // gate_up: for slots
   bool alike;                // the shared expert is one more of the routed ones' kind, in down also of their shape
-  int routed_workers;        // otherwise: blocks (gate_up) or warps of a block (down) for the routed experts
+  int routed_workers;        // blocks (gate_up) or warps of a block (down); any others are the shared expert's
   int split_bits;            // down: 2^split_bits blocks of a cluster divide F
   bool overlap;
   int span, spans;           // gate_up: stretches that are added up in registers, and such spans of a row
@@ -125,7 +126,7 @@ struct Experts {
   __host__ __device__ int splits() const { return 1 << split_bits; }
 };
 
-// The passes of a call, in shared memory: `routed` ones, then the shared expert's.
+// The passes of a call, in shared memory.
 struct Passes {
   unsigned char* memory;
   const ExpertLayout& layout;
@@ -159,8 +160,8 @@ struct Passes {
     return choice;
   }
 
-  // kFirst .. + kCount - 1 are the matrices that the kernel reads. The whole block, which then needs a barrier.
-  // The first pass:
+  // The lists of the first pass, the shared expert's, and then all others. The whole block, which needs a barrier
+  // behind each. kFirst .. + kCount - 1 are the matrices that the kernel reads.
   template <int kFirst, int kCount>
   __device__ void find_shared(const Experts& p) const {
     const int i = threadIdx.x;
@@ -172,13 +173,12 @@ struct Passes {
     if (i < kCount) find_matrix(p.shared, kFirst + i, i);
     if (i == 0) first()[0] = 0, first()[1] = p.tokens;
   }
-  // All others. Few pairs are one warp's work.
   template <int kFirst, int kCount>
   __device__ void find(const Experts& p, const Choice& choice) const {
     constexpr bool kDown = kFirst == 2;
     int* expert = at<int>(layout.expert);  // of pairs, then of passes
     int* begins = at<int>(layout.begins);  // of columns: the expert of the pass that begins there, or -1
-    const bool few = p.pairs <= kWarp;
+    const bool few = p.pairs <= kWarp;     // the work of one warp
     const int i = threadIdx.x, threads = few ? kWarp : kExpertThreads;
     if (i >= threads) return;
     auto barrier = [&] {
@@ -334,6 +334,8 @@ struct GateOrder {
   }
 };
 
+static_assert(sizeof(GateOrder) <= kOrderBytes);
+
 // A warp's items that are still to come of a chunk of tiles.
 struct Part {
   int first_tile, tiles;  // of the chunk
@@ -359,8 +361,8 @@ struct Part {
   }
 };
 
-// A warp that multiplies the items of an order that are its own. Its ring starts with `start`.
-template <Kind kind, class Order, bool kAlone>
+// A warp that multiplies the items of an order that are its own. Its ring starts with `start`; kWhole: see there.
+template <Kind kind, class Order, bool kWhole>
 class Worker {
  public:
   // Number `worker` of those of the order, with the ring of its warp.
@@ -391,9 +393,7 @@ class Worker {
       const Segment s = part.take(*order_);
       const int first = passes_.first()[s.pass], columns = passes_.columns_of(s.pass);
       // Columns past the last one stand for it.
-      auto row_of = [&](int column) {
-        return shared_memory() + passes_.row_at()[first + min(column, columns - 1)];
-      };
+      auto row_of = [&](int c) { return shared_memory() + passes_.row_at()[first + min(c, columns - 1)]; };
       const int from = s.span * order_->span, units = units_of(s.span);
       const uint32_t row = row_of(g) + from * kStretchBytes + 16 * t;
       // Of columns 2 t and 2 t + 1: where the factors of their rows are and where their sums go.
@@ -512,7 +512,7 @@ class Worker {
   int same_ = 0;                 // items of the segment behind the one that is being copied
   int units_ = 0, left_ = 0;     // of that one, and those of it that are still to be copied
   const uint8_t* at_ = nullptr;  // the next of them: as stored, this lane's columns of row g
-  Ring<kind, kRingUnits, kAlone> ring_;
+  Ring<kind, kRingUnits, kWhole> ring_;
 };
 
 // A barrier of the block whose warps come to it in code for different kinds.

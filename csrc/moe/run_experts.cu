@@ -95,11 +95,10 @@ __device__ inline GateOrder begin_order(const Experts& p, const ExpertSide& side
 }
 // And after it.
 __device__ inline void end_order(const Experts& p, const Passes& passes, const ExpertSide& side, GateOrder& order) {
-  const int blocks = int(gridDim.x), block = int(blockIdx.x);
   int count = 0;
   if (&side == &p.routed) {
     const int all = (passes.count() - 1) * order.by.by + (p.alike ? p.shared.tiles.by : 0);
-    const Share share(all, p.alike ? blocks : p.routed_workers, block);
+    const Share share(all, p.routed_workers, int(blockIdx.x));
     order.first_routed = share.first - order.first_shared, count = share.count - order.shared_tiles;
   }
   order.tiles += count, order.chunk = max(count, 1);
@@ -117,9 +116,8 @@ __device__ inline void end_order(const Experts& p, const Passes& passes, const E
   }
 }
 
-template <Kind kind, bool kAlone>
+template <Kind kind, bool kWhole>
 __device__ void gate_up(const Experts& p, unsigned char* memory, const ExpertSide& side) {
-  static_assert(sizeof(GateOrder) <= 64);
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0);  // known to the compiler as the same for all lanes
   const Passes passes{memory, p.layout};
   GateOrder* orders = passes.at<GateOrder>(p.layout.orders);
@@ -145,7 +143,7 @@ __device__ void gate_up(const Experts& p, unsigned char* memory, const ExpertSid
   };
   if (!p.overlap) ask();
   __syncthreads();
-  Worker<kind, GateOrder, kAlone> worker(passes, side, orders, warp, warp);
+  Worker<kind, GateOrder, kWhole> worker(passes, side, orders, warp, warp);
   worker.start(p.overlap ? kRingUnits : 1, p.overlap);
   wait_for_launch_before();
   let_next_launch_start();  // not sooner: the next launch reads `chosen` without waiting
@@ -189,7 +187,7 @@ __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
     experts_gate_up_kernel(const __grid_constant__ Experts p) {
   extern __shared__ __align__(128) unsigned char memory[];
   if (threadIdx.x == 0) ask_for_tables(p);
-  const bool is_shared = !p.alike && int(blockIdx.x) >= p.routed_workers;
+  const bool is_shared = int(blockIdx.x) >= p.routed_workers;
   const ExpertSide& side = is_shared ? p.shared : p.routed;
   if constexpr (kRouted != kAny) {
     if (kRouted == kShared || !is_shared) return gate_up<Kind(kRouted), true>(p, memory, side);
@@ -331,8 +329,7 @@ __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
   // A warp has weights of one kind. Its number is known to the compiler as the same for all lanes.
   const DownBlock block(p);
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarp, 0);
-  const int routed_warps = p.alike ? kExpertWarps : p.routed_workers;
-  const bool is_shared = warp >= routed_warps;
+  const bool is_shared = warp >= p.routed_workers;
   const ExpertSide& side = is_shared ? p.shared : p.routed;
   DownOrder order;
   order.stretches = is_shared ? block.shared_stretches : block.stretches;
@@ -340,8 +337,8 @@ __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
   order.by = Divisor(max(order.stretches, 1));
   order.first_pass = p.alike || is_shared ? 0 : 1;
   order.outers = (is_shared ? 1 : passes.count() - order.first_pass) * order.stretches;
-  const int worker = warp - (is_shared ? routed_warps : 0);
-  order.workers = is_shared ? kExpertWarps - routed_warps : routed_warps;
+  const int worker = warp - (is_shared ? p.routed_workers : 0);
+  order.workers = is_shared ? kExpertWarps - p.routed_workers : p.routed_workers;
   order.first_tile = block.first_tile;
   order.tiles = order.stretches > 0 ? block.tiles : 0, order.chunk = p.chunk_tiles;
   if constexpr (kRouted != kAny) {
@@ -400,17 +397,18 @@ cudaError_t for_kinds(const Experts& p, const Start& start) {
   return start(KindConstant<kAny>(), KindConstant<kAny>());
 }
 
-// Of so many workers those of the routed experts, so that the others, the shared expert's, end as early as can be.
-// `chunks` of bytes that a worker takes of each kind.
-int divide_workers(const Experts& p, int workers, double routed_chunks, double shared_chunks) {
+// How many of the workers take the routed experts' stretches and not the shared one's, so that the last one ends early:
+// for as many passes as are to be expected.
+int divide_workers(const Experts& p, int workers, double of_routed, double of_shared) {
+  if (p.alike) return workers;
   const double left_out = 1.0 - double(p.slots) / p.experts;  // how likely a token is not to choose an expert
   const double passes = left_out > 0 ? p.experts * (1.0 - std::pow(left_out, p.tokens)) : p.experts;
-  const double routed = passes * routed_chunks;
+  const double routed = passes * of_routed;
   int best = 1;
   double least = INFINITY;
   for (int n = 1; n < workers; ++n) {
     const double slowest = std::fmax(std::ceil(routed / n) * p.routed.stretch_bytes(),
-                                     std::ceil(shared_chunks / (workers - n)) * p.shared.stretch_bytes());
+                                     std::ceil(of_shared / (workers - n)) * p.shared.stretch_bytes());
     if (slowest < least) least = slowest, best = n;
   }
   return best;
