@@ -294,7 +294,9 @@ struct DownOrder {
   int outers, tiles, chunk;        // tiles of the block, and those that have slots at once
   int first_pass, first_tile;
   Divisor by;                      // spans
+  int slot_floats;                 // of a tile
 
+  __device__ int of_tile(int) const { return slot_floats; }
   __device__ int chunk_end(int first) const { return min(first + chunk, tiles); }
   // `count`: how many tiles from this one on lie in the same matrix.
   __device__ Segment at(int outer, int tile) const {
@@ -323,40 +325,38 @@ struct GateOrder {
     const int of_all = first_routed + tile - shared_tiles, pass = by.divide(of_all), row_tile = of_all - pass * by.by;
     return {1 + pass, 2 * (1 + pass) + w3, row_tile, span, by.by - row_tile};
   }
-  // Floats of a slot, and of a tile's.
-  __device__ int of_slot(bool shared) const { return (shared ? shared_columns : columns) * kSumStride; }
-  __device__ int of_tile(bool shared) const { return outers * of_slot(shared); }
-  // Floats before a tile's slots; its chunk begins at `chunk` and is written to this buffer.
-  __device__ int before(int tile, int chunk, int buffer) const {
-    const bool shared = is_shared(tile);
-    if (buffer_floats > 0) return buffer * buffer_floats + (tile - chunk) * of_tile(shared);
-    return shared ? tile * of_tile(true) : shared_tiles * of_tile(true) + (tile - shared_tiles) * of_tile(false);
+  // Floats of a slot of a tile, and of all its slots.
+  __device__ int of_slot(int tile) const { return (is_shared(tile) ? shared_columns : columns) * kSumStride; }
+  __device__ int of_tile(int tile) const { return outers * of_slot(tile); }
+  // Floats before those of a tile.
+  __device__ int before(int tile) const {
+    const int of_shared = outers * shared_columns * kSumStride;
+    if (buffer_floats == 0) return min(tile, shared_tiles) * of_shared + max(tile - shared_tiles, 0) * of_tile(tile);
+    const int first = is_shared(tile) ? 0 : shared_tiles, each = is_shared(tile) ? shared_chunk : chunk;
+    const int number = divide_fast(tile - first, each), earlier = divide_fast(first + shared_chunk - 1, shared_chunk);
+    return (earlier + number) % 2 * buffer_floats + (tile - first - number * each) * of_tile(tile);
   }
 };
 
 static_assert(sizeof(GateOrder) <= kOrderBytes);
 
-// A warp's items that are still to come of a chunk of tiles.
+// A warp's items of a chunk of tiles, which are counted outer after outer.
+template <class Order>
 struct Part {
-  int first_tile, tiles;  // of the chunk
-  int outer, tile;        // of the next item, its tile counted from the first one
-  int left;
+  const Order& order;
+  int worker, first_tile;
 
-  __device__ Part() : left(0) {}
-  template <class Order>
-  __device__ Part(const Order& order, int worker, int first_tile) : first_tile(first_tile) {
-    tiles = order.chunk_end(first_tile) - first_tile;
-    const int items = order.outers * tiles, first = divide_fast(items * worker, order.workers);
-    outer = divide_fast(first, tiles), tile = first - outer * tiles;
-    left = divide_fast(items * (worker + 1), order.workers) - first;
-  }
-  // The next ones of the same matrix and span.
-  template <class Order>
-  __device__ Segment take(const Order& order) {
-    Segment s = order.at(outer, first_tile + tile);
-    s.count = min(min(left, tiles - tile), s.count);
-    left -= s.count, tile += s.count;
-    if (tile == tiles) tile = 0, ++outer;
+  __device__ int tiles() const { return order.chunk_end(first_tile) - first_tile; }
+  // The first item of a worker.
+  __device__ int begin(int worker) const { return divide_fast(order.outers * tiles() * worker, order.workers); }
+  __device__ int begin() const { return begin(worker); }
+  __device__ int end() const { return begin(worker + 1); }
+  // The items of the same matrix and span from this one on. `tile`: the first one's, in the order.
+  __device__ Segment at(int item, int& tile) const {
+    const int outer = divide_fast(item, tiles()), of_chunk = item - outer * tiles();
+    tile = first_tile + of_chunk;
+    Segment s = order.at(outer, tile);
+    s.count = min(min(end() - item, tiles() - of_chunk), s.count);
     return s;
   }
 };
@@ -384,13 +384,15 @@ class Worker {
   }
 
   // All items of the chunk of tiles that begins with this one. slot(segment, its first tile in the order, column of its
-  // pass): where the sums of the first of its items go; those of the next one lie `of_tile` floats behind.
+  // pass): where the sums of the first of its items go.
   template <class Slot>
-  __device__ void multiply(int first_tile, int of_tile, const Slot& slot) {
+  __device__ void multiply(int first_tile, const Slot& slot) {
     const int g = lane() / 4, t = lane() % 4;
-    for (Part part(*order_, worker_, first_tile); part.left > 0;) {
-      const int tile = first_tile + part.tile;
-      const Segment s = part.take(*order_);
+    const Part<Order> part = {*order_, worker_, first_tile};
+    for (int item = part.begin(); item < part.end();) {
+      int tile;
+      Segment s = part.at(item, tile);
+      item += s.count;
       const int first = passes_.first()[s.pass], columns = passes_.columns_of(s.pass);
       // Columns past the last one stand for it.
       auto row_of = [&](int c) { return shared_memory() + passes_.row_at()[first + min(c, columns - 1)]; };
@@ -405,7 +407,7 @@ class Worker {
         to[c] = slot(s, tile, min(2 * t + c, columns - 1)) + g;
       }
 #pragma unroll 1
-      for (int i = 0; i < s.count; ++i) {
+      for (; s.count > 0; --s.count, ++s.tile) {
         float sum[4] = {};
 #pragma unroll 1
         for (int unit = 0; unit < units; ++unit) {
@@ -413,9 +415,9 @@ class Worker {
           if constexpr (kind == Kind::fp8) {
             constexpr int kBlockColumns = unit_columns(kind);
             const int block = (order_->first_stretch + from) * kUnits + unit;
-            const int of_tile = (s.tile + i) / (kBlockColumns / kUnitRows) * (side_.columns / kBlockColumns);
+            const int before = s.tile / (kBlockColumns / kUnitRows) * (side_.columns / kBlockColumns);
             scale = read_block_scale(reinterpret_cast<const void*>(passes_.scales()[s.matrix]), side_.e8m0,
-                                     of_tile + block);
+                                     before + block);
           }
           float by[2] = {1.0f, 1.0f};
           if constexpr (is_half(kind)) {
@@ -435,11 +437,13 @@ class Worker {
             sum[e] = fmaf(of_unit, kind == Kind::fp8 ? by[e % 2] * scale : by[e % 2], sum[e]);
           }
         }
-        const float global_scale = passes_.global_scales()[s.matrix] * (is_half(kind) ? 1.0f : unit_factor(kind));
+        const float scale = passes_.global_scales()[s.matrix] * (is_half(kind) ? 1.0f : unit_factor(kind));
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          if (2 * t + e % 2 < columns) to[e % 2][i * of_tile + 8 * (e / 2)] = sum[e] * global_scale;
+          if (2 * t + e % 2 < columns) to[e % 2][8 * (e / 2)] = sum[e] * scale;
         }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) to[c] += order_->of_tile(first_tile);
       }
     }
   }
@@ -460,12 +464,15 @@ class Worker {
       at_ += side_.tile_bytes - units_ * step();
       --same_;
     } else {
-      while (ahead_.left == 0) {
-        if (next_chunk_ >= order_->tiles) return;
-        ahead_ = Part(*order_, worker_, next_chunk_);
-        next_chunk_ = order_->chunk_end(next_chunk_);
+      for (;; chunk_ = order_->chunk_end(chunk_), item_ = -1) {
+        if (chunk_ >= order_->tiles) return;
+        const Part<Order> part = {*order_, worker_, chunk_};
+        if (item_ < 0) item_ = part.begin();
+        if (item_ < part.end()) break;
       }
-      const Segment s = ahead_.take(*order_);
+      int tile;
+      const Segment s = Part<Order>{*order_, worker_, chunk_}.at(item_, tile);
+      item_ += s.count;
       same_ = s.count - 1;
       units_ = units_of(s.span);
       const int unit = (order_->first_stretch + s.span * order_->span) * kUnits;
@@ -507,8 +514,7 @@ class Worker {
   int worker_;
   int started_ = 0;  // slots of the ring
   // What is to be copied next.
-  Part ahead_;
-  int next_chunk_ = 0;
+  int chunk_ = 0, item_ = -1;    // the item after the segment, of its chunk; -1: the first one
   int same_ = 0;                 // items of the segment behind the one that is being copied
   int units_ = 0, left_ = 0;     // of that one, and those of it that are still to be copied
   const uint8_t* at_ = nullptr;  // the next of them: as stored, this lane's columns of row g

@@ -90,7 +90,7 @@ __device__ inline GateOrder begin_order(const Experts& p, const ExpertSide& side
     const Share share(p.shared.tiles.by, blocks - others, block - others);
     order.shared_tiles = order.tiles = share.count, order.first_shared = share.first;
   }
-  order.shared_chunk = divide_fast(p.sum_floats, 2 * order.of_tile(true));
+  order.shared_chunk = divide_fast(p.sum_floats, 2 * order.outers * order.shared_columns * kSumStride);
   return order;
 }
 // And after it.
@@ -108,9 +108,9 @@ __device__ inline void end_order(const Experts& p, const Passes& passes, const E
       order.columns = max(order.columns, passes.columns_of(pass));
     }
   }
-  if (order.before(order.tiles, 0, 0) > p.sum_floats) {
+  if (order.before(order.tiles) > p.sum_floats) {
     order.buffer_floats = p.sum_floats / 2;
-    const int most = divide_fast(order.buffer_floats, order.of_tile(false));
+    const int most = divide_fast(order.buffer_floats, order.of_tile(order.tiles));
     const int chunks = max(divide_fast(count + most - 1, most), 1);
     order.chunk = max(divide_fast(count + chunks - 1, chunks), 1);  // all of about the same size
   }
@@ -161,29 +161,26 @@ __device__ void gate_up(const Experts& p, unsigned char* memory, const ExpertSid
   worker.extend(&order);
   worker.start(kRingUnits, false);
 
-  auto slots_of = [&](int tile, int chunk, int buffer) {
-    return passes.at<float>(p.layout.sums) + order.before(tile, chunk, buffer);
-  };
-  int buffer = 0;
-  for (int chunk = 0, end; chunk < order.tiles; chunk = end, buffer ^= 1) {
-    end = order.chunk_end(chunk);
-    const int of_slot = order.of_slot(order.is_shared(chunk));
-    worker.multiply(chunk, order.outers * of_slot, [&](const Segment& s, int tile, int column) {
-      const int w3 = s.matrix - 2 * s.pass;
-      return slots_of(tile, chunk, buffer) + (w3 * order.spans + s.span) * of_slot + column * kSumStride;
+  auto slots_of = [&](int tile) { return passes.at<float>(p.layout.sums) + order.before(tile); };
+  for (int chunk = 0; chunk < order.tiles; chunk = order.chunk_end(chunk)) {
+    worker.multiply(chunk, [&](const Segment& s, int tile, int column) {
+      const int slot = (s.matrix - 2 * s.pass) * order.spans + s.span;
+      return slots_of(tile) + slot * order.of_slot(tile) + column * kSumStride;
     });
+    const int end = order.chunk_end(chunk);
     const bool all = order.buffer_floats == 0;
     if (all && end < order.tiles) continue;
     __syncthreads();
     for (int from = all ? 0 : chunk, to; from < end; from = to) {
       to = order.chunk_end(from);
-      finish_gate_up(p, passes, order, slots_of(from, chunk, buffer), from, to);
+      finish_gate_up(p, passes, order, slots_of(from), from, to);
     }
   }
 }
 
+// For any format it needs so many registers that it shares a multiprocessor with no other block.
 template <int kRouted, int kShared>
-__global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kExpertThreads, kRouted == kAny ? 1 : kBlocksAtOnce)
     experts_gate_up_kernel(const __grid_constant__ Experts p) {
   extern __shared__ __align__(128) unsigned char memory[];
   if (threadIdx.x == 0) ask_for_tables(p);
@@ -298,7 +295,7 @@ __device__ void down(const Experts& p, const Passes& passes, const ExpertSide& s
   for (int chunk = 0; chunk < block.tiles; chunk += p.chunk_tiles, buffer ^= 1) {
     float* sums = reinterpret_cast<float*>(passes.memory + p.layout.sums) + buffer * p.chunk_tiles * p.slot_floats;
     if (order.tiles > 0) {
-      worker.multiply(chunk, p.slot_floats, [&](const Segment& s, int, int column) {
+      worker.multiply(chunk, [&](const Segment& s, int, int column) {
         const int pair = passes.pair()[passes.first()[s.pass] + column];
         const int slot = pair < p.pairs ? pair * block.stretches : block.shared_slot(p, pair - p.pairs);
         return sums + (s.tile - block.first_tile - chunk) * p.slot_floats + (slot + s.span) * kSumStride;
@@ -339,7 +336,7 @@ __global__ void __launch_bounds__(kExpertThreads, kBlocksAtOnce)
   order.outers = (is_shared ? 1 : passes.count() - order.first_pass) * order.stretches;
   const int worker = warp - (is_shared ? p.routed_workers : 0);
   order.workers = is_shared ? kExpertWarps - p.routed_workers : p.routed_workers;
-  order.first_tile = block.first_tile;
+  order.first_tile = block.first_tile, order.slot_floats = p.slot_floats;
   order.tiles = order.stretches > 0 ? block.tiles : 0, order.chunk = p.chunk_tiles;
   if constexpr (kRouted != kAny) {
     if (kRouted == kShared || !is_shared) {
