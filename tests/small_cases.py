@@ -34,7 +34,7 @@ MOE: Chosen = {
     "test_moe.py": {
         "test_against_reference": tuple(f"tiny-{a}-{b}" for a, b in PAIRS),
         "test_slots": ("40",),  # tokens in parts
-        "test_bits": ("flash-nvfp4-fp8",),  # blocks of down in clusters
+        "test_divided_inner_widths": ("nvfp4-nvfp4", "nvfp4-fp8"),  # blocks of down in clusters
     },
     "test_moe_tiles.py": {
         "test_group_by_expert": ("tiny-spread",),
@@ -80,8 +80,23 @@ QUANT: Chosen = {
         "test_hadamard": ("32-7-bf16", "64-7-f32", "128-7-bf16", "256-7-f32"),
     },
 }
-# Whole layers, and a million rows: nothing that the kernels' own tests do not start.
-ATTENTION: Chosen = {"test_attention_layer.py": {}, "test_attention_needle.py": {}}
+ATTENTION: Chosen = {
+    # Whole layers, and a million rows: nothing that the kernels' own tests do not start.
+    "test_attention_layer.py": {},
+    "test_attention_needle.py": {},
+    "test_attention_prefill.py": {
+        "test_against_reference": ("wgmma-tiny-1", "tiles-tiny-5", "small tiles-tiny-1"),
+        "test_odd_heads": ("wgmma-65", "tiles-16", "small tiles-17"),
+        "test_both_limits": (),
+    },
+    "test_attention_step.py": {
+        "test_contexts": tuple(
+            f"tiny-{case}" for case in ("window-records", "CSA, chosen-bf16", "CSA, all-f32", "HCA-records")
+        ),
+        "test_both_sizes_of_clusters": ("records-8", "bf16-16"),
+        "test_few_heads": (),
+    },
+}
 CHOSEN: Chosen = GEMM | MOE | SAMPLING | COMPRESSOR | QUANT | ATTENTION
 
 

@@ -55,10 +55,17 @@ def expert(kind: str, normal: Normal, width: int, inner: int, in_gs: float | Non
     return Expert(make(inner, width), make(width, inner), make(inner, width))
 
 
-def bank(sizes: Sizes, routed: str, shared: str, normal: Normal, in_gs: float | None = None) -> Layer:
+def bank(
+    sizes: Sizes,
+    routed: str,
+    shared: str,
+    normal: Normal,
+    in_gs: float | None = None,
+    shared_inner: int | None = None,
+) -> Layer:
     count = min(DISTINCT, sizes.experts)
     made = [expert(routed, normal, sizes.hidden, sizes.expert_width, in_gs) for _ in range(count)]
-    one = expert(shared, normal, sizes.hidden, sizes.expert_width, in_gs)
+    one = expert(shared, normal, sizes.hidden, shared_inner or sizes.expert_width, in_gs)
     experts = bank_experts([made[e * 7 % count] for e in range(sizes.experts)], one)
     assert isinstance(experts, ExpertBank) and experts.fault is None, experts
     return experts, one
@@ -123,6 +130,18 @@ def test_choices(tokens: int, pattern: str, cuda_normal: Normal) -> None:
     y = run_experts(x, routing, chosen, *layer, limit=10.0)
     want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
     assert_gemm(y, want, f"{tokens} tokens, {pattern}")
+
+
+@pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
+def test_divided_inner_widths(kinds: tuple[str, str], cuda_normal: Normal) -> None:
+    """Blocks of a cluster divide the stretches of F, evenly or not, and those of another shared F."""
+    for inner, shared_inner in ((512, 512), (1280, 1280), (1024, 256), (768, 1792)):
+        layer = bank(TINY._replace(expert_width=inner), *kinds, cuda_normal, shared_inner=shared_inner)
+        for tokens in (1, 7):
+            x, routing, chosen = inputs(TINY, tokens, "distinct", cuda_normal)
+            y = run_experts(x, routing, chosen, *layer, limit=10.0)
+            want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
+            assert_gemm(y, want, f"{kinds}, inner {inner} and {shared_inner}, {tokens} tokens")
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16, 40, 128])
