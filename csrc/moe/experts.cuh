@@ -31,12 +31,12 @@ constexpr int kColumns = 8;         // of a pass
 constexpr int kMatrices = 3;        // of an expert, in tables: w1, w3, w2
 constexpr int kOrderBytes = 64;     // of a GateOrder
 constexpr int kExpertRingBytes = kExpertWarps * kRingUnits * kUnitShared;
-constexpr int kExpertBarriers = kExpertWarps * kRingUnits + 2;  // the rings', then that of a cluster's exchange
-// Dynamic shared memory: what a block may have, and what leaves as much for one of another launch.
-constexpr int kMaxExpertShared = 227 * 1024, kHalfExpertShared = 113 * 1024;
-// Of gate_up: a block of down fits beside it, but no second one of its own, which would have to wait for the first
-// while another multiprocessor does nothing.
-constexpr int kGateShared = kHalfExpertShared + 1024;
+constexpr int kExpertBarriers = kExpertWarps * kRingUnits + 1;  // the rings', then that of a cluster's exchange
+// Dynamic shared memory that a block may have. A multiprocessor has 228 KB, of which each block takes one more.
+constexpr int kMaxExpertShared = 227 * 1024;
+// With these a block of gate_up and one of down fit together, but not two of gate_up: the second one would have to wait
+// for the first while another multiprocessor does nothing.
+constexpr int kGateShared = 113 * 1024 + 128, kHalfExpertShared = 113 * 1024 - 128;
 
 // Division of 0 <= a by the same number many times, for a * by < 2^32.
 struct Divisor {
@@ -161,7 +161,7 @@ struct Passes {
   }
 
   // The lists of the first pass, the shared expert's, and then all others. The whole block, which needs a barrier
-  // behind each. kFirst .. + kCount - 1 are the matrices that the kernel reads.
+  // before they are read. kFirst .. + kCount - 1 are the matrices that the kernel reads.
   template <int kFirst, int kCount>
   __device__ void find_shared(const Experts& p) const {
     const int i = threadIdx.x;
@@ -298,7 +298,7 @@ struct DownOrder {
 
   __device__ int of_tile(int) const { return slot_floats; }
   __device__ int chunk_end(int first) const { return min(first + chunk, tiles); }
-  // `count`: how many tiles from this one on lie in the same matrix.
+  // `count`: at least so many tiles of the order from this one on lie in the same matrix.
   __device__ Segment at(int outer, int tile) const {
     const int pass = by.divide(outer);
     return {first_pass + pass, first_pass + pass, first_tile + tile, outer - pass * stretches, tiles};

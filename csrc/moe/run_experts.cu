@@ -30,7 +30,6 @@ namespace dsv4 {
 namespace {
 
 constexpr int kMaxSplitBits = 3;
-constexpr int kRowBytes = 120 * 1024;  // that one token's h may have in a block of down
 
 // Blocks that share a multiprocessor, at the end of a launch and the beginning of the next.
 constexpr int kBlocksAtOnce = DSV4_ARCH == 90 ? 2 : 1;
@@ -43,10 +42,10 @@ __device__ inline float swiglu(float gate, float up, float limit) {
 
 // The tables into the L2 cache, a few lines each block: they will be needed as soon as it is known who was chosen.
 __device__ inline void ask_for_tables(const Experts& p) {
-  constexpr int kLine = 128;
+  constexpr int kSector = 32;
   const int matrices = p.experts * kMatrices;
   const int addresses = matrices * 2 * int(sizeof(int64_t)), scales = matrices * int(sizeof(float));
-  for (int at = blockIdx.x * kLine; at < addresses; at += gridDim.x * kLine) {
+  for (int at = blockIdx.x * kSector; at < addresses; at += gridDim.x * kSector) {
     fetch_to_l2(reinterpret_cast<const char*>(p.routed.addresses) + at);
     if (at < scales) fetch_to_l2(reinterpret_cast<const char*>(p.routed.global_scales) + at);
   }
@@ -151,8 +150,7 @@ __device__ void gate_up(const Experts& p, unsigned char* memory, const ExpertSid
   if (first.exists) first.store(piece);
   passes.find<0, 2>(p, choice);
   copy_rows(kExpertWarps, p.tokens * stretches, find);
-  if (p.pairs > kWarp) __syncthreads();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0) {  // for its own warp what it reads has been found
     orders[1] = orders[0];
     end_order(p, passes, side, orders[1]);
   }
@@ -485,7 +483,7 @@ bool choose_chunk(Experts& p, int most_tiles, int& total) {
   const int routed = most(p.routed), shared = most(p.shared);
   p.layout = ExpertLayout(p.tokens, p.pairs, 1, p.pairs, routed, p.tokens, shared);
   p.longest = routed > shared ? routed : shared;
-  p.slot_floats = p.longest * (p.pairs + p.tokens) * kSumStride;
+  p.slot_floats = (routed * p.pairs + shared * p.tokens) * kSumStride;
   const int tile_bytes = 4 * p.slot_floats;
   auto bytes_of = [&](int tiles, int buffers) {
     const int own = (tiles + p.splits() - 1) >> p.split_bits;
@@ -506,13 +504,20 @@ bool choose_chunk(Experts& p, int most_tiles, int& total) {
   return false;
 }
 
+// How many blocks of a cluster divide F, as a power of two: four, fewer if it has fewer stretches, or eight if a token
+// needs them. A function of the shapes alone, so that a token's bits do not depend on how many there are.
+int choose_splits(Experts p) {
+  constexpr int kUsual = 2, kFewTiles = 2;
+  p.tokens = 1, p.pairs = p.slots;
+  int total = 0;
+  for (p.split_bits = 0; p.split_bits < kUsual && (2 << p.split_bits) <= p.routed.stretches(); ++p.split_bits) {}
+  while (p.split_bits < kMaxSplitBits && !choose_chunk(p, kFewTiles, total)) ++p.split_bits;
+  return p.split_bits;
+}
+
 cudaError_t start_down(Experts p, bool overlap, cudaStream_t stream) {
   if (device().error != cudaSuccess) return device().error;
-  // How many blocks divide F is a function of the shape: a token's bits do not depend on how many there are.
-  const int stretches = p.routed.stretches();
-  for (p.split_bits = 0; p.split_bits < 2 && (2 << p.split_bits) <= stretches; ++p.split_bits) {}
-  const int one = (p.slots + 1) * token_pitch(int(ceil_div(stretches, p.splits())) * kStretch);
-  if (p.split_bits == 2 && one > kRowBytes) p.split_bits = kMaxSplitBits;
+  p.split_bits = choose_splits(p);
   const int clusters = device().clusters[p.split_bits], tiles = p.routed.tiles.by;
   if (clusters < 1) return cudaErrorInvalidValue;
   const int used = clusters < tiles ? clusters : tiles, most_tiles = int(ceil_div(tiles, used));

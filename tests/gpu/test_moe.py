@@ -135,21 +135,25 @@ def test_choices(tokens: int, pattern: str, cuda_normal: Normal) -> None:
 @pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
 def test_divided_inner_widths(kinds: tuple[str, str], cuda_normal: Normal) -> None:
     """Blocks of a cluster divide the stretches of F, evenly or not, and those of another shared F."""
-    for inner, shared_inner in ((512, 512), (1280, 1280), (1024, 256), (768, 1792)):
-        layer = bank(TINY._replace(expert_width=inner), *kinds, cuda_normal, shared_inner=shared_inner)
+    for inner, shared_inner in ((512, 512), (1280, 1280), (1024, 256), (256, 1792)):
+        sizes = TINY._replace(hidden=2048, expert_width=inner)  # several tiles a cluster
+        layer = bank(sizes, *kinds, cuda_normal, shared_inner=shared_inner)
         for tokens in (1, 7):
-            x, routing, chosen = inputs(TINY, tokens, "distinct", cuda_normal)
+            x, routing, chosen = inputs(sizes, tokens, "distinct", cuda_normal)
             y = run_experts(x, routing, chosen, *layer, limit=10.0)
             want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
             assert_gemm(y, want, f"{kinds}, inner {inner} and {shared_inner}, {tokens} tokens")
 
 
-@pytest.mark.parametrize("slots", [1, 3, 16, 40, 128])
-def test_slots(slots: int, cuda_normal: Normal) -> None:
-    """More slots than experts: every expert several times, and few tokens at once."""
-    layer = bank(TINY, "mxfp4", "nvfp4", cuda_normal)
+@pytest.mark.parametrize(
+    ("slots", "inner"), [(1, 256), (3, 256), (16, 256), (40, 256), (128, 256), (128, 1280), (110, 2048)]
+)
+def test_slots(slots: int, inner: int, cuda_normal: Normal) -> None:
+    """More slots than experts: every expert several times, few tokens at once, clusters of eight blocks."""
+    sizes = TINY._replace(chosen=slots, expert_width=inner)
+    layer = bank(sizes, "mxfp4", "nvfp4", cuda_normal)
     for tokens in (1, 8, 9):
-        x, routing, chosen = inputs(TINY._replace(chosen=slots), tokens, "repeated", cuda_normal)
+        x, routing, chosen = inputs(sizes, tokens, "repeated", cuda_normal)
         y = run_experts(x, routing, chosen, *layer, limit=10.0)
         want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
         assert_gemm(y, want, f"{slots} slots, {tokens} tokens")

@@ -108,9 +108,10 @@ class Kernels:
         shared_h[:] = reference.swiglu(gate, up, limit=limit)
 
     def experts_down(self, h: Tensor, shared_h: Tensor, chosen: Tensor, *rest: Tensor | int) -> None:
-        a, gs, shared_a, shared_gs, out = rest[:5]
-        tokens, slots, width, inner, shared_inner, kind, _, shared_kind, _, overlap = rest[5:]
-        assert overlap and h.shape == (tokens * slots, inner) and shared_h.shape == (tokens, shared_inner)
+        a, gs, shared_a, shared_gs, out, experts = rest[:6]
+        tokens, slots, width, inner, shared_inner, kind, _, shared_kind, _, overlap = rest[6:]
+        assert experts == len(a) and overlap
+        assert h.shape == (tokens * slots, inner) and shared_h.shape == (tokens, shared_inner)
         assert out.shape == (tokens, width)
         pairs = [
             self.matrix(a, int(e), 2, kind) @ row.float() for e, row in zip(chosen.flatten(), h, strict=True)

@@ -145,7 +145,7 @@ def _make_side(experts: tuple[Expert, ...]) -> Side:
     given = [scale for scale in in_gs if scale is not None]
     width, inner = shape_of(weights[0][2])
     forms = [(KINDS[kind], sf is not None and sf.dtype == torch.float8_e8m0fnu) for kind, _, sf in parts[0]]
-    return Side(
+    side = Side(
         torch.tensor(pointers, dtype=torch.int64, device=device),
         torch.stack(gs).view(-1, len(MATRICES)),
         torch.stack([nan if s is None else s for s in in_gs]).view(-1, len(MATRICES)) if given else None,
@@ -155,3 +155,7 @@ def _make_side(experts: tuple[Expert, ...]) -> Side:
         width,
         inner,
     )
+    if device.type == "cuda":
+        # Kernels read these while the launch before them may still run (csrc/common/overlap.cuh).
+        torch.cuda.current_stream(device).synchronize()
+    return side
