@@ -1,11 +1,12 @@
 """Random experts of every format, who chooses them, and their products before the last rounding."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from shapes import Sizes
+from tile_weights import Normal, bytes_between
 from torch import Tensor
 
 from dsv4.ops.formats import Fp8Block, Mxfp4, Nvfp4, Plain, Weight, dequantize
@@ -13,13 +14,7 @@ from dsv4.ops.moe import Expert, ExpertBank, bank_experts, reference
 from dsv4.ops.pack import pack_weight
 
 DISTINCT = 24  # experts that are made; the tables repeat them
-Normal = Callable[..., Tensor]
 Layer = tuple[ExpertBank, Expert]  # the routed experts and the shared one
-
-
-def codes(normal: Normal, n: int, k: int, low: int, high: int) -> Tensor:
-    """Bytes low .. high - 1, all as likely."""
-    return (low + (normal(n, k).view(torch.int32) >> 3) % (high - low)).to(torch.uint8)
 
 
 def weight(kind: str, normal: Normal, n: int, k: int, in_gs: float | None = None) -> Weight:
@@ -27,13 +22,13 @@ def weight(kind: str, normal: Normal, n: int, k: int, in_gs: float | None = None
     if kind == "bf16":
         return Plain((normal(n, k) * k**-0.5).bfloat16())
     if kind == "nvfp4":
-        scales = codes(normal, n, k // 16, 40, 64).view(torch.float8_e4m3fn)
+        scales = bytes_between(normal, 40, 64, n, k // 16).view(torch.float8_e4m3fn)
         gs = torch.tensor(k**-0.5 / 3 * float(1 + normal(1).abs()), device="cuda")
         given = None if in_gs is None else torch.tensor(in_gs * float(1 + normal(1).abs()), device="cuda")
-        return pack_weight(Nvfp4(codes(normal, n, k // 2, 0, 256), scales, gs, given))
+        return pack_weight(Nvfp4(bytes_between(normal, 0, 256, n, k // 2), scales, gs, given))
     if kind == "mxfp4":
-        scales = codes(normal, n, k // 32, 119, 121).view(torch.float8_e8m0fnu)
-        return pack_weight(Mxfp4(codes(normal, n, k // 2, 0, 256), scales))
+        scales = bytes_between(normal, 119, 121, n, k // 32).view(torch.float8_e8m0fnu)
+        return pack_weight(Mxfp4(bytes_between(normal, 0, 256, n, k // 2), scales))
     scales = (k**-0.5 * (1 + normal(-(-n // 128), -(-k // 128)).abs())) / 2
     if n % 512 == 0:  # else f32
         scales = scales.log2().round().exp2().to(torch.float8_e8m0fnu)

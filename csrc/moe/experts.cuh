@@ -328,10 +328,12 @@ struct GateOrder {
   // Floats of a slot of a tile, and of all its slots.
   __device__ int of_slot(int tile) const { return (is_shared(tile) ? shared_columns : columns) * kSumStride; }
   __device__ int of_tile(int tile) const { return outers * of_slot(tile); }
+  __device__ int of_shared_tile() const { return outers * shared_columns * kSumStride; }
   // Floats before those of a tile.
   __device__ int before(int tile) const {
-    const int of_shared = outers * shared_columns * kSumStride;
-    if (buffer_floats == 0) return min(tile, shared_tiles) * of_shared + max(tile - shared_tiles, 0) * of_tile(tile);
+    if (buffer_floats == 0) {
+      return min(tile, shared_tiles) * of_shared_tile() + max(tile - shared_tiles, 0) * of_tile(tile);
+    }
     const int first = is_shared(tile) ? 0 : shared_tiles, each = is_shared(tile) ? shared_chunk : chunk;
     const int number = divide_fast(tile - first, each), earlier = divide_fast(first + shared_chunk - 1, shared_chunk);
     return (earlier + number) % 2 * buffer_floats + (tile - first - number * each) * of_tile(tile);

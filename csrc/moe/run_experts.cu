@@ -34,6 +34,8 @@ constexpr int kMaxSplitBits = 3;
 // Blocks that share a multiprocessor, at the end of a launch and the beginning of the next.
 constexpr int kBlocksAtOnce = DSV4_ARCH == 90 ? 2 : 1;
 
+// As in pairs.cu, but divided within 2 units of the last place of fp32, before the one rounding to bf16: the slow path
+// of an exact division takes registers that gate_up does not have.
 __device__ inline float swiglu(float gate, float up, float limit) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : up < -limit ? -limit : up;
@@ -56,14 +58,14 @@ __device__ inline void finish_gate_up(const Experts& p, const Passes& passes, co
                                       const float* sums, int first, int end) {
   const bool is_shared = order.is_shared(first);
   const ExpertSide& side = is_shared ? p.shared : p.routed;
-  const int most = is_shared ? order.shared_columns : order.columns, of_slot = most * kSumStride, spans = order.spans;
+  const int of_slot = order.of_slot(first), most = of_slot / kSumStride, spans = order.spans;
   for (int i = threadIdx.x; i < (end - first) * most * kUnitRows; i += kExpertThreads) {
     const int row = i % kUnitRows, tile = divide_fast(i / kUnitRows, most), column = i / kUnitRows - tile * most;
     const Segment s = order.at(0, first + tile);
     const int at = passes.first()[s.pass] + column;
     if (at >= passes.first()[s.pass + 1]) continue;
     const int pair = passes.pair()[at];
-    const float* from = sums + 2 * spans * tile * of_slot + column * kSumStride + row;
+    const float* from = sums + tile * order.of_tile(first) + column * kSumStride + row;
     float gate = 0.0f, up = 0.0f;
 #pragma unroll 4
     for (int span = 0; span < spans; ++span) {
@@ -89,7 +91,7 @@ __device__ inline GateOrder begin_order(const Experts& p, const ExpertSide& side
     const Share share(p.shared.tiles.by, blocks - others, block - others);
     order.shared_tiles = order.tiles = share.count, order.first_shared = share.first;
   }
-  order.shared_chunk = divide_fast(p.sum_floats, 2 * order.outers * order.shared_columns * kSumStride);
+  order.shared_chunk = divide_fast(p.sum_floats, 2 * order.of_shared_tile());
   return order;
 }
 // And after it.

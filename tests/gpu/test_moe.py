@@ -5,9 +5,10 @@ import functools
 import numeric
 import pytest
 import torch
-from expert_cases import Normal, bank, expert, inputs, plain, unrounded
+from expert_cases import Layer, bank, expert, inputs, plain, unrounded
 from numeric import assert_bits, assert_close, assert_reproducible, dirty_memory
 from shapes import FLASH, MODELS, PRO, TINY, Sizes
+from tile_weights import Normal
 from torch import Tensor
 
 from dsv4.ops.formats import Nvfp4, Plain
@@ -20,6 +21,14 @@ ALIKE = "nvfp4-nvfp4 mxfp4-mxfp4 fp8-fp8 bf16-bf16"
 MIXED = "nvfp4-fp8 mxfp4-fp8 nvfp4-bf16 mxfp4-nvfp4 fp8-mxfp4 bf16-nvfp4"
 PAIRS = [tuple(pair.split("-")) for pair in f"{ALIKE} {MIXED}".split()]
 TOKENS = (1, 2, 3, 7, 8, 16, 31, 32, 33, 137)
+
+
+def check(layer: Layer, sizes: Sizes, tokens: int, pattern: str, normal: Normal, case: str) -> None:
+    """run_experts of random tokens against the same experts as fp32 matrices."""
+    x, routing, chosen = inputs(sizes, tokens, pattern, normal)
+    y = run_experts(x, routing, chosen, *layer, limit=10.0)
+    want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
+    assert_gemm(y, want, f"{case}, {tokens} tokens, {pattern}")
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
@@ -40,11 +49,7 @@ def test_against_reference(sizes: Sizes, kinds: tuple[str, str], cuda_normal: No
 @pytest.mark.parametrize("pattern", ["distinct", "one", "repeated"])
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 40])
 def test_choices(tokens: int, pattern: str, cuda_normal: Normal) -> None:
-    layer = bank(TINY, "nvfp4", "fp8", cuda_normal)
-    x, routing, chosen = inputs(TINY, tokens, pattern, cuda_normal)
-    y = run_experts(x, routing, chosen, *layer, limit=10.0)
-    want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
-    assert_gemm(y, want, f"{tokens} tokens, {pattern}")
+    check(bank(TINY, "nvfp4", "fp8", cuda_normal), TINY, tokens, pattern, cuda_normal, "tiny")
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
@@ -54,10 +59,7 @@ def test_divided_inner_widths(kinds: tuple[str, str], cuda_normal: Normal) -> No
         sizes = TINY._replace(hidden=2048, expert_width=inner)  # several tiles a cluster
         layer = bank(sizes, *kinds, cuda_normal, shared_inner=shared_inner)
         for tokens in (1, 7):
-            x, routing, chosen = inputs(sizes, tokens, "distinct", cuda_normal)
-            y = run_experts(x, routing, chosen, *layer, limit=10.0)
-            want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
-            assert_gemm(y, want, f"{kinds}, inner {inner} and {shared_inner}, {tokens} tokens")
+            check(layer, sizes, tokens, "distinct", cuda_normal, f"{kinds}, inner {inner} and {shared_inner}")
 
 
 @pytest.mark.parametrize(
@@ -68,10 +70,7 @@ def test_slots(slots: int, inner: int, cuda_normal: Normal) -> None:
     sizes = TINY._replace(chosen=slots, expert_width=inner)
     layer = bank(sizes, "mxfp4", "nvfp4", cuda_normal)
     for tokens in (1, 8, 9):
-        x, routing, chosen = inputs(sizes, tokens, "repeated", cuda_normal)
-        y = run_experts(x, routing, chosen, *layer, limit=10.0)
-        want = unrounded(x, routing, chosen, *plain(*layer), limit=10.0)
-        assert_gemm(y, want, f"{slots} slots, {tokens} tokens")
+        check(layer, sizes, tokens, "repeated", cuda_normal, f"{slots} slots")
 
 
 @pytest.mark.parametrize("kinds", [("nvfp4", "fp8"), ("mxfp4", "nvfp4"), ("bf16", "fp8")], ids="-".join)
